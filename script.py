@@ -1,0 +1,1490 @@
+#!/usr/bin/env python3
+"""Train a classifier of small grey images from a competition folder and write its submission.
+
+    python script.py                                         train, validate, predict, write the submission
+    python script.py --data-dir competition --output-dir out --max-minutes 20
+    python script.py predict out/best_model.pth              a submission from a trained model, or the mean of several
+
+Reads   train.csv (image_path, label), test.csv (example_id, image_path) and the images below Dataset_Image/.
+Writes  best_model.pth, submission.csv, history.csv, class_distribution.png and run.json.
+`python script.py --help` lists every setting.
+
+The rooms, in the order of an image's way from a CSV row to a submission row. To change
+     1  Config       a setting, its default, its flag; a preset
+     2  Runtime      device and precision; how files are written
+     3  Tables       what a CSV may hold; labels; the validation split
+     4  Images       decoding, the image cache, resident data, augmentation
+     5  Models       a network
+     6  Loss         loss, mixup, metrics
+     7  Checkpoints  what best_model.pth holds
+     8  Training     optimizer, schedule, averaged weights, the loop
+     9  Prediction   probabilities, ensembles, the submission
+    10  Pictures     what is drawn
+    11  Commands     what `run` and `predict` do, in order
+"""
+
+import argparse
+import copy
+import dataclasses
+import difflib
+import functools
+import hashlib
+import inspect
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import sys
+import time
+import types
+import typing
+import warnings
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ======================================================================================================================
+# 1. Config: every number that a user tunes. A field is a flag (`--num-epochs 5`, `--no-augment`), its comment the help.
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run. None ("auto" on the command line) takes the value of the model's recipe in RECIPES.
+
+    Raises ValueError, naming the field, for a value outside its type or its limits.
+    """
+
+    # Files
+    data_dir: str = "."                 # folder where relative train_csv, test_csv and root_dir are looked for
+    train_csv: str = "train.csv"        # training table with the columns image_path and label
+    test_csv: str = "test.csv"          # test table with the columns example_id and image_path
+    root_dir: str = "Dataset_Image"     # folder that the tables' image paths start from
+    output_dir: str = "."               # folder where everything is written
+    cache_dir: str = ""                 # folder of the decoded images (empty: in the user's cache folder)
+
+    # Model
+    model: str = "auto"                 # resnet, cnn, or auto: resnet on an accelerator, cnn on a CPU
+    image_size: int | None = None       # side in pixels of what the network sees
+    dropout: float | None = None        # dropout before the last layer (a smaller share of it in the cnn's stages)
+
+    # Training
+    batch_size: int | None = None       # images in a step
+    learning_rate: float | None = None  # peak of the schedule
+    num_epochs: int | None = None       # passes over the training rows
+    min_steps: int = 600                # where num_epochs is auto, small tables get epochs enough for so many steps
+    max_minutes: float = 0.0            # end the whole run, submission included, within this time (0: no limit)
+    weight_decay: float = 0.01          # AdamW's decay of weight matrices and kernels
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"  # of the learning rate, after its warm-up
+    warmup: float = 0.2                 # share of the training in which the rate rises to its peak
+    plateau_factor: float = 0.5         # plateau: what the rate is multiplied by
+    plateau_patience: int = 2           # plateau: epochs without a better validation accuracy before that
+    label_smoothing: float = 0.1        # share of the target that is spread over all classes
+    mixup: bool = False                 # blend pairs of images and their labels (arXiv:1710.09412)
+    mixup_alpha: float = 0.4            # mixup: both parameters of the Beta distribution of the blend
+    max_grad_norm: float = 1.0          # gradients are clipped to this norm (0: never)
+    average_decay: float = 0.999        # exponential moving average of weights and batch statistics (0: none)
+    train_val_split: float = 0.9        # share of the labelled rows to train on (1: all, and keep the last epoch)
+    select_by: Literal["accuracy", "loss"] = "accuracy"  # validation figure that chooses best_model.pth
+    seed: int = 0                       # of the first weights and of every random draw
+    split_seed: int = 42                # of the validation rows, and of nothing else
+
+    # Augmentation: each image draws uniformly from its own range
+    augment: bool = True                # warp and change the training images
+    rotation: float = 8.0               # degrees to either side
+    scale: float = 0.06                 # share by which an image grows or shrinks
+    shear: float = 0.1                  # slant: sideways share of the height
+    shift: float = 0.03                 # share of the side
+    perspective: float = 0.0            # how much nearer one edge is than the middle
+    elastic: float = 0.05               # deviation of a 5x5 grid's smooth displacements, as a share of half the side
+    brightness: float = 0.0             # share by which ink is made fainter
+    contrast: float = 0.0               # bend of the grey levels between paper and full ink
+    erasing: float = 0.0                # probability that a rectangle is erased
+    erasing_size: float = 0.33          # longest side of that rectangle, as a share of the image's
+
+    # Machine
+    eval_batch_size: int = 512          # images in a step of validation and prediction
+    device: str = "auto"                # cpu, cuda, cuda:1, mps, or auto: the fastest that works
+    precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"  # of the network's arithmetic
+    num_workers: int = -1               # processes that decode images (-1: one a core, 0: this process)
+    pin_memory: bool = True             # page-lock the batches of images too large to be kept on the GPU
+
+    def __post_init__(self) -> None:
+        for name, annotation in typing.get_type_hints(Config).items():
+            check_setting(name, annotation, getattr(self, name))
+        if self.train_val_split == 1 and self.schedule == "plateau":
+            raise ValueError("schedule plateau needs validation rows: set train_val_split below 1")
+
+
+# What a field's number may be: smallest and largest. A field that is not listed may be any number from 0 up.
+LIMITS = {
+    "image_size": (8, 1024), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf), "num_epochs": (1, math.inf),
+    "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "warmup": (0, 1), "plateau_factor": (1e-6, 1),
+    "label_smoothing": (0, 0.99), "mixup_alpha": (1e-3, math.inf), "average_decay": (0, 0.999999),
+    "train_val_split": (0.01, 1), "rotation": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 1),
+    "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1),
+    "erasing_size": (0.01, 1), "num_workers": (-1, 1024),
+}
+
+# What "auto" stands for, by model: the best seen on validation rows (benchmarks/RESULTS.md).
+RECIPES = {
+    "resnet": {"image_size": 48, "batch_size": 256, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.2},
+    "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 5, "dropout": 0.3},
+}
+
+# The recipes of the projects that this one grew out of: `--preset NAME`, or Config(**PRESETS[NAME]).
+PRESETS = {
+    "classic": {
+        "batch_size": 32, "learning_rate": 3e-4, "weight_decay": 2e-5, "num_epochs": 20, "image_size": 48,
+        "dropout": 0.5, "mixup": True, "mixup_alpha": 0.4, "schedule": "plateau", "warmup": 0.0, "label_smoothing": 0.0,
+        "average_decay": 0.0, "rotation": 15.0, "scale": 0.1, "shear": 0.1, "shift": 0.1, "perspective": 0.1,
+        "elastic": 0.0, "brightness": 0.2, "contrast": 0.2, "erasing": 0.2,
+    },
+}
+
+
+def check_setting(name: str, annotation, value) -> None:
+    """Raise ValueError if a field's value is not of its type, not one of its choices or outside its limits."""
+    if typing.get_origin(annotation) is Literal:
+        if value not in typing.get_args(annotation):
+            raise ValueError(f"{name} must be one of {', '.join(typing.get_args(annotation))}, not {value!r}")
+        return
+    optional = types.NoneType in typing.get_args(annotation)
+    kind = typing.get_args(annotation)[0] if optional else annotation
+    if value is None and optional or kind is bool and isinstance(value, bool) or kind is str and isinstance(value, str):
+        return
+    number = (int, float) if kind is float else int
+    if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, number):
+        raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
+    low, high = LIMITS.get(name, (0, math.inf))
+    if not (low <= value <= high and math.isfinite(value)):
+        raise ValueError(f"{name} must be {'at least ' + str(low) if high == math.inf else f'from {low} to {high}'}, "
+                         f"not {value}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line: the commands, --preset, and a flag for every Config field with its comment as help."""
+    parser = argparse.ArgumentParser(prog="script.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     description="Train a classifier of small grey images and write a submission.")
+    parser.add_argument("command", nargs="?", choices=("run", "predict"), default="run",
+                        help="run (the default): train, predict and write the submission; "
+                             "predict: write the submission of existing checkpoints")
+    parser.add_argument("checkpoints", nargs="*", default=[],
+                        help="predict: the checkpoints to average (default: best_model.pth in the output folder)")
+    parser.add_argument("--preset", choices=PRESETS, help="start from this recipe; flags given with it go before it")
+    helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    for name, annotation in typing.get_type_hints(Config).items():
+        default = getattr(Config, name)
+        text = f"{helps[name]} (default: {'auto' if default is None else default!r})".replace("%", "%%")
+        parser.add_argument("--" + name.replace("_", "-"), help=text, **flag_form(annotation))
+    return parser
+
+
+def flag_form(annotation) -> dict:
+    """The argparse keywords that turn text into a value of a field's type."""
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if typing.get_origin(annotation) is Literal:
+        return {"choices": typing.get_args(annotation)}
+    if types.NoneType in typing.get_args(annotation):
+        kind = typing.get_args(annotation)[0]
+
+        def convert(text: str):
+            return None if text == "auto" else kind(text)
+
+        convert.__name__ = kind.__name__  # argparse names the type in its message
+        return {"type": convert, "metavar": f"{kind.__name__.upper()}|auto"}
+    return {"type": annotation, "metavar": annotation.__name__.upper()}
+
+
+def parse_command_line(argv: list[str] | None) -> tuple[str, list[str], Config]:
+    """Command, checkpoints and Config of a command line; exits with status 2 and one line where it is wrong."""
+    parser = make_parser()
+    given, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+    settings = vars(given)
+    command, checkpoints = settings.pop("command"), settings.pop("checkpoints")
+    if checkpoints and command == "run":
+        parser.error(f"run takes no checkpoint ({checkpoints[0]}); to use one: script.py predict {checkpoints[0]}")
+    try:
+        return command, checkpoints, Config(**{**PRESETS.get(settings.pop("preset", ""), {}), **settings})
+    except ValueError as error:
+        parser.error(str(error))
+
+
+def complete_config(config: Config, runtime: "Runtime", training_rows: int) -> Config:
+    """The config with its model named and every None replaced by the recipe's value."""
+    model = config.model
+    if model == "auto":
+        model = "cnn" if runtime.device.type == "cpu" else "resnet"
+    recipe = RECIPES[model]
+    chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
+    if "num_epochs" in chosen:
+        steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]))
+        chosen["num_epochs"] = max(recipe["num_epochs"], math.ceil(config.min_steps / steps))
+    return dataclasses.replace(config, model=model, **chosen)
+
+
+# ======================================================================================================================
+# 2. Runtime: device, precision and seeds, and how a file gets its name
+# ======================================================================================================================
+
+
+class DataError(Exception):
+    """Something that the user gave is wrong: a message that names the file, the row and the remedy."""
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how the arithmetic is done; no other room asks for the device."""
+
+    device: torch.device
+    precision: str  # float32, bf16 or fp16
+    gpus: int       # how many GPUs share a batch
+
+    def autocast(self) -> torch.autocast:
+        """The context in which the network's forward pass runs."""
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "float32")
+
+    def has_room_for(self, num_bytes: int) -> bool:
+        """Whether so many bytes may stay on the device beside the training."""
+        return self.device.type != "cuda" or num_bytes * 4 < torch.cuda.mem_get_info(self.device)[0]
+
+    def describe(self) -> str:
+        """One line for the log and the run record."""
+        name = platform.processor() or platform.machine()
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device) + (f" x {self.gpus}" if self.gpus > 1 else "")
+        return f"{self.device} ({name}), {self.precision}, {torch.get_num_threads()} CPU threads"
+
+
+def start_runtime(config: Config) -> Runtime:
+    """Choose device and precision, and prove the device with a real operation.
+
+    Raises DataError for a device that was asked for and does not work.
+    """
+    device = choose_device(config.device)
+    precision = config.precision if config.precision != "auto" else best_precision(device)
+    if precision == "fp16" and device.type == "cpu":
+        raise DataError("--precision fp16 trains on a GPU only; on a CPU take bf16 or float32")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+    return Runtime(device, precision, gpus)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device asked for, or the first of cuda, mps and cpu that computes."""
+    if wanted != "auto":
+        fault = device_fault(wanted)
+        if fault:
+            raise DataError(f"--device {wanted} does not work here: {fault}; try --device auto")
+        return torch.device(wanted)
+    for name, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
+        fault = device_fault(name) if present else "absent"
+        if not fault:
+            return torch.device(name)
+        if present:
+            print(f"warning: {name} is there but does not compute ({fault}); the CPU is used", file=sys.stderr)
+    return torch.device("cpu")
+
+
+def device_fault(name: str) -> str:
+    """What goes wrong when the device computes; empty if nothing. A GPU can be listed and yet lack the kernels."""
+    try:
+        ones = torch.ones(8, 8, device=torch.device(name))
+        return "" if (ones @ ones).sum().item() == 512 else "a matrix product came out wrong"
+    except Exception as error:  # each backend raises its own kinds
+        return str(error).strip().splitlines()[0]
+
+
+def best_precision(device: torch.device) -> str:
+    """The precision that the device reports to compute in: never a timing, so that a run can be repeated."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        reports = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        return "bf16" if any(getattr(torch.cpu, report, bool)() for report in reports) else "float32"
+    return "float32"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's result depends on."""
+    import sklearn
+    import torchvision
+
+    packages = {"torch": torch, "torchvision": torchvision, "numpy": np, "pandas": pd, "scikit-learn": sklearn}
+    found = {name: str(package.__version__) for name, package in packages.items()}
+    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+    return {"python": platform.python_version(), **found, "script_sha256": source}
+
+
+def seed_of(config: Config, epoch: int, step: int) -> int:
+    """The seed of one step's draws: all randomness of training comes from (seed, epoch, step)."""
+    return int(np.random.SeedSequence([config.seed, epoch, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def whole_file(path: Path):
+    """Yield a name to write to; the file gets its own name only when it is whole and on the disk."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output_dir(config: Config) -> Path:
+    """The output folder, made if need be; raises DataError before any work if it cannot be written to."""
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(folder / ".writable") as temporary:
+            temporary.touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be written to ({error.strerror}); name another --output-dir") from None
+    return folder
+
+
+# ======================================================================================================================
+# 3. Tables and labels
+# ======================================================================================================================
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """Read a CSV's named columns, every cell as the text it is, and refuse cells that are empty.
+
+    The index is the row's number in a spreadsheet (the header is row 1); `attrs["path"]` is the file. Other columns
+    are ignored. Raises DataError naming the file, the row and the remedy.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            table = pd.read_csv(path, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig",
+                                skip_blank_lines=False)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; put it there, or name its folder with --data-dir") from None
+    except pd.errors.EmptyDataError:
+        raise DataError(f"{path}: the file is empty; it needs the columns {', '.join(columns)}") from None
+    except (pd.errors.ParserError, pd.errors.ParserWarning, ValueError, OSError) as error:
+        raise DataError(f"{path}: not a readable CSV table ({str(error).strip()})") from None
+    table.columns = table.columns.str.strip()
+    check_columns(path, table.columns, columns)
+    table = table[list(columns)].fillna("")  # a row that is too short gets NaN even so
+    filled = (table != "").any(axis=1).to_numpy()
+    table = table.iloc[: filled.nonzero()[0][-1] + 1 if filled.any() else 0]  # blank lines may end a file
+    table.index = pd.RangeIndex(2, len(table) + 2)
+    table.attrs["path"] = str(path)
+    check_cells(path, table)
+    return table
+
+
+def check_columns(path: Path, found: pd.Index, wanted: tuple[str, ...]) -> None:
+    """Raise DataError if a column is missing or stands there twice."""
+    for name in wanted:
+        if name not in found:
+            near = difflib.get_close_matches(name, found, 1, 0.7)
+            hint = f"rename {near[0]!r}" if near else "is it separated by commas?"
+            raise DataError(f"{path}: no column {name!r} in its header ({', '.join(map(str, found))}); {hint}")
+        if list(found).count(name) > 1 or f"{name}.1" in found:
+            raise DataError(f"{path}: the column {name!r} stands there twice; remove one")
+
+
+def check_cells(path: Path, table: pd.DataFrame) -> None:
+    """Raise DataError for a table without rows or with an empty cell."""
+    if table.empty:
+        raise DataError(f"{path}: the table has a header and no rows; is it the right file?")
+    for name in table.columns:
+        empty = table.index[table[name].str.strip() == ""]
+        if len(empty):
+            more = f" (and {len(empty) - 1} more rows)" if len(empty) > 1 else ""
+            raise DataError(f"{path}, row {empty[0]}{more}: {name} is empty; fill it in or remove the row")
+
+
+def read_train_table(config: Config) -> pd.DataFrame:
+    """The training table: image_path, label."""
+    table = read_table(Path(config.data_dir, config.train_csv), ("image_path", "label"))
+    if table.label.nunique() < 2:
+        raise DataError(f"{table.attrs['path']}: every row has the label {table.label.iloc[0]!r}; "
+                        "a classifier needs at least two classes")
+    return table
+
+
+def read_test_table(config: Config) -> pd.DataFrame:
+    """The test table: example_id, image_path. Raises DataError for an id that stands there twice."""
+    table = read_table(Path(config.data_dir, config.test_csv), ("example_id", "image_path"))
+    repeated = table.index[table.example_id.duplicated()]
+    if len(repeated):
+        example = table.example_id[repeated[0]]
+        first = table.index[table.example_id == example][0]
+        raise DataError(f"{table.attrs['path']}, row {repeated[0]}: example_id {example!r} stands already in row "
+                        f"{first}; each id may stand once")
+    return table
+
+
+class Labels:
+    """The table's labels, as text, in a fixed order, and their class numbers 0..K-1."""
+
+    def __init__(self, classes: list[str]):
+        self.classes = list(classes)
+        self.number = {label: number for number, label in enumerate(self.classes)}
+
+    @classmethod
+    def fit(cls, labels: pd.Series) -> "Labels":
+        """The distinct labels, whole numbers first and by size, then the others by their characters."""
+        def order(label: str):
+            return (0, int(label), label) if re.fullmatch(r"-?[0-9]{1,18}", label) else (1, 0, label)
+
+        return cls(sorted(labels.unique(), key=order))
+
+    def encode(self, labels: pd.Series) -> np.ndarray:
+        """Class numbers, int64 [rows]."""
+        return labels.map(self.number).to_numpy(np.int64)
+
+    def decode(self, numbers: np.ndarray) -> list[str]:
+        """Labels as they were written."""
+        return [self.classes[number] for number in numbers]
+
+
+SMALLEST_CLASS_TO_SPLIT = 4
+
+
+def split_rows(targets: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the training and of the validation rows, stratified and decided by split_seed alone.
+
+    A class of fewer than SMALLEST_CLASS_TO_SPLIT rows stays in training; any other gives at least one row.
+    """
+    if config.train_val_split == 1:
+        return np.arange(len(targets)), np.array([], dtype=np.int64)
+    shuffled = np.random.default_rng(config.split_seed).permutation(len(targets))
+    held_out = []
+    for rows in pd.Series(shuffled).groupby(targets[shuffled]).indices.values():
+        if len(rows) >= SMALLEST_CLASS_TO_SPLIT:
+            held_out.append(shuffled[rows[: max(1, round(len(rows) * (1 - config.train_val_split)))]])
+    val_rows = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
+    return np.setdiff1d(np.arange(len(targets)), val_rows), val_rows
+
+
+def describe_classes(labels: Labels, targets: np.ndarray) -> str:
+    """One line: how many classes, how unevenly filled, and which are too small to be validated."""
+    counts = np.bincount(targets, minlength=len(labels.classes))
+    small = labels.decode(np.flatnonzero(counts < SMALLEST_CLASS_TO_SPLIT))
+    text = (f"{len(targets):,} labelled images of {len(counts)} classes, {counts.min():,} to {counts.max():,} a class "
+            f"(imbalance {counts.max() / counts.min():.1f} to 1)")
+    if small:
+        text += (f"; too small to be split, so trained on but not validated: {', '.join(small[:10])}"
+                 + (f" and {len(small) - 10} more" if len(small) > 10 else ""))
+    return text
+
+
+def read_symbols(config: Config) -> dict[str, str]:
+    """LaTeX by label, from classes.csv beside train.csv; empty where there is none."""
+    path = Path(config.data_dir, config.train_csv).with_name("classes.csv")
+    if not path.exists():
+        return {}
+    table = read_table(path, ("label", "latex"))
+    return dict(zip(table.label, table.latex))
+
+
+# ======================================================================================================================
+# 4. Images: decoded once into one uint8 array, ink high and paper zero; augmented by batch on the device
+# ======================================================================================================================
+
+CACHE_FORMAT = 1  # to be raised when decoding changes, so that older caches are not used
+DECODE_CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class ImageStatistics:
+    """What is found from the training images and must be the same for every image that the model sees."""
+
+    paper: int  # grey level of the paper: 255 for black on white, 0 for white on black
+    size: int   # side in pixels of the stored images
+
+
+def read_image(path: str) -> Image.Image:
+    """The first frame of an image file, upright, decoded. Raises what Pillow raises."""
+    with open(path, "rb") as file:  # from memory, since Pillow reads a file in many small pieces
+        data = file.read()
+    if not data:
+        raise ValueError("the file is empty")
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return ImageOps.exif_transpose(image) if "exif" in image.info else image
+
+
+def split_alpha(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
+    """Grey levels 0..255 [H, W] of any Pillow mode, and the opacity 0..255 where the image has one."""
+    if image.mode in ("1", "L", "RGB") and "transparency" not in image.info:
+        return np.asarray(image.convert("L")), None
+    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip
+        return (np.asarray(image, dtype=np.int64) // 257).clip(0, 255).astype(np.uint8), None
+    if "A" in image.getbands() or "transparency" in image.info:
+        grey, alpha = image.convert("RGBA").convert("LA").split()
+        return np.asarray(grey), np.asarray(alpha)
+    return np.asarray(image.convert("L")), None
+
+
+def paper_of(grey: np.ndarray, alpha: np.ndarray | None) -> int:
+    """The paper's grey level, 0 or 255: the border's where the image is opaque, else the opposite of what is drawn."""
+    if alpha is not None and (alpha < 128).any() and (alpha >= 128).any():
+        return 0 if grey[alpha >= 128].mean() > 127 else 255
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    return 255 if np.median(border) > 127 else 0
+
+
+def to_ink(image: Image.Image, statistics: ImageStatistics) -> np.ndarray:
+    """Ink [size, size], uint8, paper 0: fitted without distortion, centred on paper."""
+    grey, alpha = split_alpha(image)
+    ink = grey if statistics.paper == 0 else 255 - grey
+    if alpha is not None:
+        ink = (ink.astype(np.uint16) * alpha // 255).astype(np.uint8)
+    height, width = ink.shape
+    if height == width == statistics.size:
+        return ink
+    factor = statistics.size / max(height, width)
+    shape = max(1, round(width * factor)), max(1, round(height * factor))
+    fitted = np.asarray(Image.fromarray(ink).resize(shape, Image.Resampling.BOX if factor < 1 else
+                                                    Image.Resampling.BILINEAR))
+    top, left = (statistics.size - shape[1]) // 2, (statistics.size - shape[0]) // 2
+    page = np.zeros((statistics.size, statistics.size), dtype=np.uint8)
+    page[top: top + shape[1], left: left + shape[0]] = fitted
+    return page
+
+
+def look_at_images(root: Path, names: list[str], image_size: int) -> ImageStatistics:
+    """Polarity and stored size, from up to 256 images spread over the table; unreadable ones are left for later.
+
+    Stored are the images' own pixels, or image_size where they have more than the network will see.
+    """
+    papers, sides = [], []
+    for name in names[:: math.ceil(len(names) / 256)]:
+        try:
+            image = read_image(os.path.join(root, name))
+            papers.append(paper_of(*split_alpha(image)))
+            sides.append(max(image.size))
+        except Exception:  # named with its row when all images are decoded
+            continue
+    if not papers:
+        return ImageStatistics(255, image_size)
+    return ImageStatistics(255 if np.mean(papers) > 127 else 0, min(max(sides), image_size))
+
+
+def decode_chunk(job: tuple[list[str], ImageStatistics]) -> tuple[np.ndarray, dict[int, str]]:
+    """Decode the images of one chunk: ink [n, size, size], and what is wrong with those that cannot be decoded."""
+    paths, statistics = job
+    images = np.zeros((len(paths), statistics.size, statistics.size), dtype=np.uint8)
+    faults = {}
+    for position, path in enumerate(paths):
+        try:
+            images[position] = to_ink(read_image(path), statistics)
+        except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
+            faults[position] = describe_fault(error)
+    return images, faults
+
+
+def describe_fault(error: Exception) -> str:
+    """Why an image cannot be used, in a few words."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow can read"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error) or type(error).__name__
+
+
+def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -> tuple[np.ndarray, dict[int, str]]:
+    """Decode all paths, on several processes where there are many: ink [N, size, size] and faults by position."""
+    images = np.empty((len(paths), statistics.size, statistics.size), dtype=np.uint8)
+    starts = range(0, len(paths), DECODE_CHUNK)
+    jobs = [(paths[start: start + DECODE_CHUNK], statistics) for start in starts]
+    workers = min(len(jobs) - 1, available_cores() if workers < 0 else workers)
+    faults = {}
+    with decoder_pool(workers) as run_all, tqdm(total=len(paths), unit="img", desc="decoding", disable=None) as bar:
+        for start, (chunk, chunk_faults) in zip(starts, run_all(decode_chunk, jobs)):
+            images[start: start + len(chunk)] = chunk
+            faults.update({start + position: fault for position, fault in chunk_faults.items()})
+            bar.update(len(chunk))
+    return images, faults
+
+
+@contextmanager
+def decoder_pool(workers: int):
+    """Yield a `map`: over processes, or this process's own where there are none.
+
+    Forked where it can be: a fresh process would import torch first, which takes longer than most decoding.
+    """
+    if workers < 1:
+        yield map
+        return
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        yield pool.map
+
+
+def available_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def file_identities(paths: list[str]) -> np.ndarray:
+    """Size and times of change of each file, int64 [N, 3]; -1 where there is none."""
+    identities = np.full((len(paths), 3), -1, dtype=np.int64)
+    for position, path in enumerate(paths):
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):
+            continue
+        identities[position] = status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return identities
+
+
+class ImageCache:
+    """A file of N decoded images followed by the identities of the N files that they were decoded from."""
+
+    def __init__(self, folder: Path, root: Path, names: list[str], statistics: ImageStatistics):
+        key = json.dumps([CACHE_FORMAT, str(root.resolve()), dataclasses.astuple(statistics), names])
+        self.path = folder / f"images-{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"
+        self.shape = len(names), statistics.size, statistics.size
+
+    def read(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The images as a read-only memory map, and the identities; None if there is no whole file."""
+        try:
+            if self.path.stat().st_size != math.prod(self.shape) + self.shape[0] * 24:
+                return None
+            images = np.memmap(self.path, np.uint8, "r", shape=self.shape)
+            identities = np.fromfile(self.path, np.int64, offset=images.size).reshape(-1, 3)
+        except OSError:
+            return None
+        return images, identities
+
+    def write(self, images: np.ndarray, identities: np.ndarray) -> np.ndarray:
+        """Store the images and give them back as a memory map, or as they are if the disk refuses."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(self.path) as temporary, open(temporary, "wb") as file:
+                images.tofile(file)
+                identities.tofile(file)
+            return self.read()[0]
+        except OSError as error:
+            print(f"warning: {self.path.parent}: the decoded images cannot be kept ({error.strerror}); "
+                  "the next run decodes again", file=sys.stderr)
+            return images
+
+
+def load_images(table: pd.DataFrame, config: Config, statistics: ImageStatistics) -> tuple[np.ndarray, list[str]]:
+    """A table's images as ink, uint8 [N, 1, size, size], and a line for each that cannot be used.
+
+    Decodes what the cache does not hold: all, or the files that changed since.
+    """
+    root = Path(config.data_dir, config.root_dir)
+    names = table.image_path.tolist()
+    paths = [os.path.join(root, name) for name in names]
+    cache = ImageCache(cache_folder(config), root, names, statistics)
+    identities, held = file_identities(paths), cache.read()
+    stale = np.arange(len(paths)) if held is None else np.flatnonzero((held[1] != identities).any(axis=1))
+    if not len(stale):
+        return held[0][:, None], []
+    started = time.monotonic()
+    fresh, faults = decode_images([paths[position] for position in stale], statistics, config.num_workers)
+    seconds = time.monotonic() - started
+    print(f"decoded {len(stale):,} images of {table.attrs['path']} in {seconds:.1f} s ({len(stale) / seconds:,.0f}/s)")
+    if faults:
+        return fresh[:, None], [f"{table.attrs['path']}, row {table.index[stale[position]]}: "
+                                f"{names[stale[position]]}: {fault}" for position, fault in sorted(faults.items())]
+    images = fresh if held is None else np.array(held[0])
+    images[stale] = fresh
+    return cache.write(images, identities)[:, None], []
+
+
+def cache_folder(config: Config) -> Path:
+    """Where decoded images are kept."""
+    if config.cache_dir:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "symbol-classifier")
+
+
+def load_all_images(tables: list[pd.DataFrame], config: Config, statistics: ImageStatistics) -> list[np.ndarray]:
+    """The images of every table, uint8 [N, 1, size, size] each; raises DataError listing the first ten bad ones."""
+    root = Path(config.data_dir, config.root_dir)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder; name the images' folder with --root-dir")
+    loaded = [load_images(table, config, statistics) for table in tables]
+    faults = [fault for _, faults in loaded for fault in faults]
+    if faults:
+        count = f"{len(faults)} images cannot be used" if len(faults) > 1 else "1 image cannot be used"
+        raise DataError(f"{count}; replace each file or remove its row:\n  " + "\n  ".join(faults[:10])
+                        + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""))
+    return [images for images, _ in loaded]
+
+
+class MathSymbolDataset(torch.utils.data.Dataset):
+    """A table's images [N, 1, size, size] (uint8, ink high) and class numbers [N], by row; labels may be None.
+
+    `batch` gathers rows on the device where the images fit there, else on the host. An item is (image, label) with the
+    image as float ink 0..1, for use with any DataLoader.
+    """
+
+    def __init__(self, images: np.ndarray, targets: np.ndarray | None, runtime: Runtime, pin_memory: bool = True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that a read-only map could be written to: nobody does
+            self.images = torch.from_numpy(images)
+        self.targets = torch.zeros(len(images), dtype=torch.int64) if targets is None else torch.from_numpy(targets)
+        self.device = runtime.device
+        self.pin_memory = pin_memory and runtime.device.type == "cuda"
+        if runtime.has_room_for(self.images.nbytes):
+            self.images, self.targets = self.images.to(self.device), self.targets.to(self.device)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, row: int) -> tuple[Tensor, int]:
+        return self.images[row].float() / 255, int(self.targets[row])
+
+    def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Images [B, 1, size, size], uint8, and class numbers [B] of these rows, on the device."""
+        index = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
+        picked = self.images.index_select(0, index), self.targets.index_select(0, index)
+        if self.pin_memory and self.images.device != self.device:
+            picked = tuple(part.pin_memory() for part in picked)
+        return tuple(part.to(self.device, non_blocking=True) for part in picked)
+
+    def batches(self, steps: list[np.ndarray]):
+        """Yield the batch of each step; from the host, the next one is gathered while the device computes."""
+        if self.images.device == self.device:
+            yield from map(self.batch, steps)
+            return
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(self.batch, steps[0])
+            for following in [*steps[1:], None]:
+                batch = coming.result()
+                coming = following is not None and pool.submit(self.batch, following)
+                yield batch
+
+
+def to_input(images: Tensor, image_size: int) -> Tensor:
+    """What the network sees of unchanged images: uint8 [B, 1, S, S] to ink 0..1 [B, 1, image_size, image_size]."""
+    ink = images.float().div_(255)
+    if ink.shape[-1] != image_size:
+        ink = F.interpolate(ink, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    return ink
+
+
+ELASTIC_GRID = 5  # control points along a side of the elastic warp
+
+
+@functools.lru_cache(maxsize=4)
+def warp_basis(size: int, device: torch.device) -> Tensor:
+    """Functions of the output pixel that a warp is a sum of: x, y, 1 and the elastic grid's bumps [28, size * size]."""
+    line = (torch.arange(size, device=device) * 2 + 1) / size - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    points = ELASTIC_GRID**2
+    bumps = F.interpolate(torch.eye(points, device=device).view(points, 1, ELASTIC_GRID, ELASTIC_GRID),
+                          size=(size, size), mode="bicubic", align_corners=True)
+    return torch.cat([torch.stack([x, y, torch.ones_like(x)]).flatten(1), bumps.flatten(1)])
+
+
+def draw_warps(count: int, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Each image's own warp: weights of warp_basis for the source's x and y [B, 2, 28], and of the horizon [B, 2]."""
+    device = generator.device
+
+    def uniform(reach: float, *shape: int) -> Tensor:
+        return torch.empty(count, *shape, device=device).uniform_(-reach, reach, generator=generator)
+
+    angle, slant, size = uniform(math.radians(config.rotation)), uniform(config.shear), 1 + uniform(config.scale)
+    cos, sin = angle.cos() / size, angle.sin() / size  # the warp looks up sources, so it divides by the size
+    affine = torch.stack([cos, slant * cos - sin, sin, slant * sin + cos], dim=1).view(count, 2, 2)
+    shift = uniform(2 * config.shift, 2, 1)  # the image spans -1..1
+    bumps = torch.randn(count, 2, ELASTIC_GRID**2, device=device, generator=generator) * config.elastic
+    return torch.cat([affine, shift, bumps], dim=2), uniform(config.perspective, 2)
+
+
+def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Randomly warped and changed copies: uint8 [B, 1, S, S] to ink 0..1 [B, 1, image_size, image_size].
+
+    Each image has its own draw. All geometry is one bilinear resampling, and pixels from outside are paper.
+    """
+    count, size = len(images), config.image_size
+    weights, horizon = draw_warps(count, config, generator)
+    basis = warp_basis(size, images.device)
+    grid = weights.view(count * 2, -1).mm(basis).view(count, 2, -1)
+    if config.perspective:
+        grid = grid / (1 + horizon.mm(basis[:2])).unsqueeze(1)
+    grid = grid.view(count, 2, size, size).permute(0, 2, 3, 1)
+    ink = F.grid_sample(images.float().div_(255), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return erase(change_ink(ink, config, generator), config, generator)
+
+
+def change_ink(ink: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Make each image's ink fainter and bend its grey levels; paper stays paper."""
+    draws = torch.rand(2, len(ink), 1, 1, 1, device=ink.device, generator=generator)
+    if config.contrast:  # ink + bend * ink * (1 - ink) keeps 0, 1 and the order of greys for |bend| <= 1
+        ink = ink * (1 + config.contrast * (2 * draws[0] - 1) * (1 - ink))
+    if config.brightness:
+        ink = ink * (1 - config.brightness * draws[1])
+    return ink
+
+
+def erase(ink: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Turn one rectangle to paper in a share of the images (arXiv:1708.04896)."""
+    if not config.erasing:
+        return ink
+    chosen, *draws = torch.rand(5, len(ink), 1, device=ink.device, generator=generator)
+    line = torch.linspace(0, 1, ink.shape[-1], device=ink.device)
+    inside = []
+    for middle, extent in (draws[:2], draws[2:]):
+        inside.append((line - middle).abs() <= extent * config.erasing_size / 2)
+    hole = inside[0][:, :, None] & inside[1][:, None, :] & (chosen < config.erasing)[:, :, None]
+    return ink.masked_fill(hole[:, None], 0)
+
+
+# ======================================================================================================================
+# 5. Models: [B, 1, any size, any size] to logits [B, classes]
+# ======================================================================================================================
+
+
+def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Convolution and batch norm, which makes a bias superfluous."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
+                         nn.BatchNorm2d(outputs))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions around which the input is added (arXiv:1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.first = convolution(inputs, outputs, stride=stride)
+        self.second = convolution(outputs, outputs)
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else convolution(inputs, outputs, kernel=1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(F.relu(self.first(x), inplace=True)) + self.shortcut(x), inplace=True)
+
+
+class ResNetMathSymbol(nn.Sequential):
+    """Residual network of 34 layers for small images: a 5x5 stem, then 3, 4, 6 and 3 blocks of 64 to 512 filters."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.5):
+        super().__init__()
+        self.stem = nn.Sequential(convolution(1, 64, kernel=5), nn.MaxPool2d(2, ceil_mode=True), nn.ReLU(inplace=True))
+        widths = (64, 64, 128, 256, 512)
+        for number, blocks in enumerate((3, 4, 6, 3), start=1):
+            strides = [1 if number == 1 else 2] + [1] * (blocks - 1)
+            inputs = [widths[number - 1]] + [widths[number]] * (blocks - 1)
+            self.add_module(f"layer{number}", nn.Sequential(
+                *(ResidualBlock(width, widths[number], stride) for width, stride in zip(inputs, strides))))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(512, num_classes))
+
+
+class MathSymbolCNN(nn.Sequential):
+    """Five 3x3 convolutions in three stages, pooled to 4x4, and a hidden layer of 512: the light network.
+
+    Pooling comes before the ReLU, which gives the same values at a quarter of the work; dropout in the stages takes
+    whole channels, since neighbouring pixels tell the same.
+    """
+
+    def __init__(self, num_classes: int, dropout: float = 0.5):
+        super().__init__()
+
+        def pooled(share: float) -> list[nn.Module]:
+            return [nn.MaxPool2d(2, ceil_mode=True), nn.ReLU(inplace=True), nn.Dropout2d(dropout * share)]
+
+        self.conv1 = nn.Sequential(convolution(1, 32), nn.ReLU(inplace=True))
+        self.conv2 = nn.Sequential(convolution(32, 64), *pooled(1 / 6))
+        self.conv3 = nn.Sequential(convolution(64, 128), nn.ReLU(inplace=True))
+        self.conv4 = nn.Sequential(convolution(128, 128), *pooled(1 / 3))
+        self.conv5 = nn.Sequential(convolution(128, 256), *pooled(1 / 3))
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+        self.hidden = nn.Sequential(nn.Linear(256 * 16, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(512, num_classes))
+
+
+MODELS = {"resnet": ResNetMathSymbol, "cnn": MathSymbolCNN}
+
+
+def build_model(config: Config, num_classes: int) -> nn.Module:
+    """The config's network with weights drawn from the config's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(config, 0, 0))
+        return MODELS[config.model](num_classes, config.dropout).to(memory_format=torch.channels_last)
+
+
+def summarize_model(model: nn.Module, image_size: int) -> str:
+    """A table of a network's layers: name, shape of what comes out, parameters."""
+    lines, x = [], torch.zeros(1, 1, image_size, image_size, device=next(model.parameters()).device)
+    was_training = model.training
+    model.eval()
+    with torch.inference_mode():
+        for name, layer in model.named_children():
+            x = layer(x)
+            shape = " x ".join(map(str, x.shape[1:]))
+            lines.append(f"  {name:<10}{shape:>16}{sum(weight.numel() for weight in layer.parameters()):>14,}")
+    model.train(was_training)
+    total = sum(weight.numel() for weight in model.parameters())
+    return "\n".join([f"{type(model).__name__}, {total / 1e6:.2f} million parameters, {image_size} x {image_size} input",
+                      f"  {'layer':<10}{'output':>16}{'parameters':>14}", *lines])
+
+
+# ======================================================================================================================
+# 6. Loss, mixup, metrics
+# ======================================================================================================================
+
+
+def mixup_data(images: Tensor, targets: Tensor, config: Config, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Blend each image with another of its batch: images, both class numbers, the first one's share (arXiv:1710.09412).
+
+    Without mixup the share is 1 and both class numbers are the image's own.
+    """
+    if not config.mixup:
+        return images, targets, targets, 1.0
+    generator = np.random.default_rng(seed)
+    share = float(generator.beta(config.mixup_alpha, config.mixup_alpha))
+    others = torch.from_numpy(generator.permutation(len(images))).to(images.device, non_blocking=True)
+    return torch.lerp(images[others], images, share), targets, targets[others], share
+
+
+def mixed(function, targets: Tensor, others: Tensor, share: float) -> Tensor:
+    """A function of class numbers, averaged over both of a blend."""
+    return function(targets) if share == 1 else share * function(targets) + (1 - share) * function(others)
+
+
+def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    """Cross-entropy, accuracy and mean per-class accuracy of probabilities [N, K]; accuracies as fractions.
+
+    A class without a row among the targets does not count in the per-class mean.
+    """
+    true = probabilities[np.arange(len(targets)), targets]
+    hits = probabilities.argmax(axis=1) == targets
+    counts = np.bincount(targets)
+    per_class = np.bincount(targets, weights=hits)[counts > 0] / counts[counts > 0]
+    return {"val_loss": float(-np.log(np.maximum(true, 1e-12)).mean()), "val_accuracy": float(hits.mean()),
+            "val_class_accuracy": float(per_class.mean())}
+
+
+# ======================================================================================================================
+# 7. Checkpoints
+# ======================================================================================================================
+
+CHECKPOINT_KEYS = {"model", "config", "classes", "image_statistics", "metrics", "versions"}
+
+
+def save_checkpoint(path: Path, model: nn.Module, config: Config, labels: Labels, statistics: ImageStatistics,
+                    metrics: dict) -> None:
+    """Write all that prediction needs: plain weights, settings, classes, and how images are prepared."""
+    content = {
+        "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
+        "config": dataclasses.asdict(config), "classes": labels.classes,
+        "image_statistics": dataclasses.asdict(statistics), "metrics": metrics, "versions": versions(),
+    }
+    with whole_file(path) as temporary:
+        torch.save(content, temporary)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network with what it needs to be used."""
+
+    model: nn.Module
+    config: Config
+    labels: Labels
+    statistics: ImageStatistics
+    metrics: dict
+
+
+def load_checkpoint(path: Path) -> Trained:
+    """Read a checkpoint as data, never as code. Raises DataError for a file that is not a whole checkpoint of ours."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such checkpoint; train one with `python script.py`") from None
+    except Exception as error:  # zipfile, pickle and torch each raise their own
+        raise DataError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:200]}); "
+                        "train again, or name another") from None
+    if not isinstance(content, dict) or not CHECKPOINT_KEYS <= content.keys():
+        raise DataError(f"{path}: not a checkpoint of script.py (it lacks {', '.join(sorted(CHECKPOINT_KEYS))})")
+    try:
+        known = {field.name for field in dataclasses.fields(Config)}
+        config = Config(**{name: value for name, value in content["config"].items() if name in known})
+        model = build_model(config, len(content["classes"]))
+        model.load_state_dict(content["model"])
+        statistics = ImageStatistics(**content["image_statistics"])
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: the checkpoint does not fit together "
+                        f"({str(error).strip().splitlines()[0][:200]})") from None
+    return Trained(model, config, Labels(content["classes"]), statistics, content["metrics"])
+
+
+# ======================================================================================================================
+# 8. Training
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What `fit` learns from: a dataset with its labels and the positions of its training and validation rows."""
+
+    dataset: MathSymbolDataset
+    labels: Labels
+    statistics: ImageStatistics
+    train_rows: np.ndarray
+    val_rows: np.ndarray
+
+
+class Pace:
+    """How far training is, from 0 to 1: by its steps, or by the clock where the time ends first."""
+
+    def __init__(self, steps: int, seconds: float = math.inf):
+        self.steps, self.seconds, self.started = steps, seconds, time.monotonic()
+
+    def progress(self, step: int) -> float:
+        """Share of the training that lies behind before this step."""
+        return min(1.0, max(step / self.steps, (time.monotonic() - self.started) / self.seconds))
+
+
+def schedule_factor(config: Config, progress: float) -> float:
+    """What the peak learning rate is multiplied by: a linear warm-up, then half a cosine to zero, or one throughout."""
+    if progress < config.warmup:
+        return max(progress / config.warmup, 1e-3)
+    if config.schedule != "cosine":
+        return 1.0
+    return max(0.5 + 0.5 * math.cos(math.pi * (progress - config.warmup) / max(1 - config.warmup, 1e-9)), 1e-4)
+
+
+class AveragedWeights:
+    """Exponential moving average of weights and batch-norm statistics, with a decay that warms up."""
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay = copy.deepcopy(model).requires_grad_(False).eval(), decay
+        pairs = zip(self.model.state_dict().values(), model.state_dict().values())
+        self.averages, self.sources = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+
+    def update(self, step: int) -> None:
+        """Move the averages towards the weights after this step (counted from 0)."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.averages, self.sources, 1 - decay)
+
+
+class Learner:
+    """The network in training, with its optimizer and its averaged weights."""
+
+    def __init__(self, config: Config, num_classes: int, runtime: Runtime):
+        self.config, self.runtime, self.step = config, runtime, 0
+        self.model = build_model(config, num_classes).to(runtime.device)
+        self.parallel = nn.DataParallel(self.model) if runtime.gpus > 1 else self.model
+        self.optimizer = make_optimizer(self.model, config, runtime)
+        self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.average = AveragedWeights(self.model, config.average_decay) if config.average_decay else None
+        self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            self.optimizer, "max", config.plateau_factor, config.plateau_patience)
+
+    @property
+    def result(self) -> nn.Module:
+        """The network to validate, keep and predict with: the averaged one where there is one."""
+        return self.average.model if self.average else self.model
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def learn(self, images: Tensor, targets: Tensor, epoch: int, progress: float) -> tuple[Tensor, Tensor]:
+        """One step on a batch; gives its mean loss and its number of hits, both left on the device."""
+        config, seed = self.config, seed_of(self.config, epoch, self.step)
+        generator = torch.Generator(self.runtime.device).manual_seed(seed)
+        torch.manual_seed(seed)  # dropout draws from the global generator
+        inputs = augment(images, config, generator) if config.augment else to_input(images, config.image_size)
+        inputs, targets, others, share = mixup_data(inputs, targets, config, seed)
+        with self.runtime.autocast():
+            logits = self.parallel(inputs)
+        logits = logits.float()
+        loss = mixed(lambda classes: F.cross_entropy(logits, classes, label_smoothing=config.label_smoothing),
+                     targets, others, share)
+        self.descend(loss, progress)
+        guesses = logits.detach().argmax(dim=1)
+        return loss.detach(), mixed(lambda classes: (guesses == classes).sum(), targets, others, share)
+
+    def descend(self, loss: Tensor, progress: float) -> None:
+        """Backward pass, clipping, the optimizer's step at the schedule's rate, the averages."""
+        if self.config.schedule != "plateau":  # which sets the rate itself, between epochs
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.config.learning_rate * schedule_factor(self.config, progress)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.scale(loss).backward()
+        if self.config.max_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average:
+            self.average.update(self.step)
+        self.step += 1
+
+
+def make_optimizer(model: nn.Module, config: Config, runtime: Runtime) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101) that decays matrices and kernels, not biases and batch-norm weights."""
+    weights = list(model.parameters())
+    groups = [{"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay},
+              {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=runtime.device.type in ("cuda", "cpu"))
+
+
+def epoch_steps(rows: np.ndarray, config: Config, epoch: int) -> list[np.ndarray]:
+    """The rows of each step of an epoch: every row once, in steps that differ by one row at the most.
+
+    Even steps, since batch norm cannot train on a last step of a single image.
+    """
+    order = np.random.default_rng([config.seed, epoch]).permutation(rows)
+    return np.array_split(order, steps_in_epoch(rows, config))
+
+
+def steps_in_epoch(rows: np.ndarray, config: Config) -> int:
+    """How many steps an epoch has."""
+    return max(1, min(math.ceil(len(rows) / config.batch_size), len(rows) // 2))
+
+
+def train(learner: Learner, data: TrainingData, epoch: int, pace: Pace) -> dict[str, float]:
+    """One epoch, or what of it there is time for; gives train_loss, train_accuracy and learning_rate."""
+    config, steps = learner.config, epoch_steps(data.train_rows, learner.config, epoch)
+    totals, seen = torch.zeros(2, device=learner.runtime.device), 0  # summed loss and hits: read when shown
+    learner.model.train()
+    with tqdm(total=len(data.train_rows), unit="img", unit_scale=True, leave=False, disable=None,
+              desc=f"epoch {epoch}/{config.num_epochs}") as bar:
+        for rows, (images, targets) in zip(steps, data.dataset.batches(steps)):
+            progress = pace.progress(learner.step)
+            if progress >= 1:
+                break
+            loss, hits = learner.learn(images, targets, epoch, progress)
+            totals += torch.stack([loss * len(rows), hits.float()])
+            seen += len(rows)
+            if bar.update(len(rows)):  # true when the bar was redrawn, ten times a second at the most
+                mean_loss, accuracy = (totals / seen).tolist()
+                bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}", lr=f"{learner.learning_rate:.1e}",
+                                refresh=False)
+    mean_loss, accuracy = (totals / max(seen, 1)).tolist()
+    return {"train_loss": mean_loss, "train_accuracy": accuracy, "learning_rate": learner.learning_rate,
+            "images": seen}
+
+
+def validate(model: nn.Module, data: TrainingData, config: Config, runtime: Runtime) -> dict[str, float]:
+    """val_loss, val_accuracy and val_class_accuracy on the validation rows; empty if there are none."""
+    if not len(data.val_rows):
+        return {}
+    probabilities = predict(model, data.dataset, data.val_rows, config.image_size, config.eval_batch_size, runtime)
+    return score(probabilities, data.dataset.targets.cpu().numpy()[data.val_rows])
+
+
+HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_class_accuracy",
+                   "learning_rate", "seconds"]
+
+
+def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = math.inf) -> pd.DataFrame:
+    """Train a complete config; gives the history, one row an epoch, also written to history.csv.
+
+    best_model.pth in the output folder is the best epoch by select_by, or the last without validation rows. After
+    `seconds` training ends; the schedule is laid over the time there is.
+    """
+    folder = Path(config.output_dir)
+    learner = Learner(config, len(data.labels.classes), runtime)
+    print(summarize_model(learner.model, config.image_size))
+    pace = Pace(config.num_epochs * steps_in_epoch(data.train_rows, config), seconds)
+    history, best = [], None
+    for epoch in range(1, config.num_epochs + 1):
+        started = time.monotonic()
+        row = {"epoch": epoch, **train(learner, data, epoch, pace)}
+        if not row["images"] and history:  # the time ended with the epoch before
+            break
+        trained = time.monotonic()
+        row |= validate(learner.result, data, config, runtime)
+        row["seconds"] = time.monotonic() - started
+        history.append(row)
+        print(describe_epoch(row, config.num_epochs, row["images"] / (trained - started)), flush=True)
+        if config.schedule == "plateau":
+            learner.plateau.step(row["val_accuracy"])
+        if best is None or is_better(row, best, config):
+            best = row
+            metrics = {name: value for name, value in row.items() if name != "images"}
+            save_checkpoint(folder / "best_model.pth", learner.result, config, data.labels, data.statistics, metrics)
+        with whole_file(folder / "history.csv") as temporary:
+            pd.DataFrame(history).reindex(columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
+        if pace.progress(learner.step) >= 1:
+            break
+    return pd.DataFrame(history).reindex(columns=HISTORY_COLUMNS)
+
+
+def is_better(row: dict, best: dict, config: Config) -> bool:
+    """Whether an epoch beats the best so far; without validation rows the last one does."""
+    if "val_loss" not in row:
+        return True
+    if config.select_by == "loss":
+        return row["val_loss"] < best["val_loss"]
+    return row["val_accuracy"] > best["val_accuracy"]
+
+
+def describe_epoch(row: dict, epochs: int, images_per_second: float) -> str:
+    """One line of an epoch's figures."""
+    text = (f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_loss']:.4f} "
+            f"accuracy {row['train_accuracy']:6.2%}")
+    if "val_loss" in row:
+        text += (f"  val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:6.2%} "
+                 f"per class {row['val_class_accuracy']:6.2%}")
+    return text + f"  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s  {images_per_second:,.0f} images/s"
+
+
+def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime: Runtime, started: float) -> float:
+    """What max_minutes leaves for training beside the last validation, prediction and writing, as measured here.
+
+    Raises DataError if nothing is left.
+    """
+    if not config.max_minutes:
+        return math.inf
+    model = build_model(config, len(data.labels.classes)).to(runtime.device)
+    rows = data.train_rows[: config.eval_batch_size]
+    for _ in range(2):  # the first is slowed by set-up
+        begun = time.monotonic()
+        predict(model, data.dataset, rows, config.image_size, config.eval_batch_size, runtime)
+    per_image = (time.monotonic() - begun) / len(rows)
+    reserve = 5 + 1.5 * per_image * (len(data.val_rows) + test_rows)
+    left = started + 60 * config.max_minutes - time.monotonic() - reserve
+    if left <= 0:
+        raise DataError(f"--max-minutes {config.max_minutes:g} leaves no time to train: reading the data took "
+                        f"{time.monotonic() - started:.0f} s, validation and prediction will take about {reserve:.0f} s")
+    return left
+
+
+# ======================================================================================================================
+# 9. Prediction
+# ======================================================================================================================
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, image_size: int, batch_size: int,
+            runtime: Runtime) -> np.ndarray:
+    """Probabilities, float32 [rows, classes], in the order of `rows`, each scattered to its own place."""
+    model.eval()
+    places = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / batch_size))
+    probabilities = None
+    for place, (images, _) in zip(places, dataset.batches([rows[place] for place in places])):
+        with runtime.autocast():
+            logits = model(to_input(images, image_size))
+        chunk = logits.float().softmax(dim=1).cpu().numpy()
+        if probabilities is None:
+            probabilities = np.full((len(rows), chunk.shape[1]), np.nan, dtype=np.float32)
+        probabilities[place] = chunk
+    if np.isnan(probabilities).any():
+        raise DataError("the network gives no numbers for some images: its training diverged; lower --learning-rate")
+    return probabilities
+
+
+def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], batch_size: int,
+                     runtime: Runtime) -> np.ndarray:
+    """The members' mean probabilities, float32 [rows, classes], classes in the first member's order.
+
+    Each member has its own dataset of the same rows. Raises DataError where their classes differ.
+    """
+    classes, total = members[0].labels.classes, 0
+    for member, dataset in zip(members, datasets):
+        differing = set(classes) ^ set(member.labels.classes)
+        if differing:
+            raise DataError(f"the checkpoints know different classes ({', '.join(sorted(differing)[:5])}); "
+                            "average networks that were trained on the same ones")
+        probabilities = predict(member.model.to(runtime.device), dataset, np.arange(len(dataset)),
+                                member.config.image_size, batch_size, runtime)
+        total = total + probabilities[:, [member.labels.number[label] for label in classes]]
+    return total / len(members)
+
+
+def write_submission(path: Path, ids: pd.Series, predicted: list[str]) -> None:
+    """Write example_id,label with the test file's ids in its order, and read it back before it gets its name."""
+    submission = pd.DataFrame({"example_id": ids.to_numpy(), "label": predicted})
+    with whole_file(path) as temporary:
+        submission.to_csv(temporary, index=False)
+        if not pd.read_csv(temporary, dtype=str, na_filter=False).equals(submission.astype("str")):
+            raise DataError(f"{path}: what was written does not read back as it was; an id or a label cannot be kept "
+                            "in a CSV")
+
+
+# ======================================================================================================================
+# 10. Pictures
+# ======================================================================================================================
+
+
+def symbol_texts(classes: list[str], symbols: dict[str, str]) -> list[str]:
+    """What to call each class in a picture: its symbol where matplotlib can draw it, else its label."""
+    from matplotlib.mathtext import MathTextParser
+
+    parser = MathTextParser("path")
+
+    def text(label: str) -> str:
+        try:
+            formula = f"${symbols[label]}$"
+            parser.parse(formula)
+            return formula
+        except (KeyError, ValueError):  # a label without LaTeX; LaTeX that mathtext does not know
+            return label.replace("$", r"\$")
+
+    return [text(label) for label in classes]
+
+
+def plot_class_distribution(path: Path, labels: Labels, targets: np.ndarray, symbols: dict[str, str]) -> None:
+    """Bars of the number of labelled images of each class, sorted; where they are many, the ends are named."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    counts = np.bincount(targets, minlength=len(labels.classes))
+    order = np.argsort(-counts, kind="stable")
+    names = symbol_texts([labels.classes[number] for number in order], symbols)
+    figure, axes = pyplot.subplots(figsize=(14, 5), layout="constrained")
+    axes.bar(range(len(order)), counts[order], width=1 if len(order) > 80 else 0.8, color="#4477aa")
+    axes.set(ylabel="labelled images", xlim=(-0.7, len(order) - 0.3))
+    axes.set_title(f"{counts.sum():,} labelled images of {len(counts)} classes: {counts.min():,} to {counts.max():,} a "
+                   f"class, median {np.median(counts):,.0f}")
+    shown = range(len(order)) if len(order) <= 80 else np.linspace(0, len(order) - 1, 60).round().astype(int)
+    axes.set_xticks(shown, [names[position] for position in shown], fontsize=9,
+                    rotation=90 if max(map(len, names)) > 3 and not symbols else 0)
+    if len(order) > 80:
+        axes.set_xlabel(f"every {len(order) / 60:.0f}th class or so is named")
+        axes.set_yscale("log")
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+
+
+# ======================================================================================================================
+# 11. Commands
+# ======================================================================================================================
+
+
+def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, pd.DataFrame, MathSymbolDataset]:
+    """Read and check everything before any training: the complete config, training data, test table and images."""
+    train_table, test_table = read_train_table(config), read_test_table(config)
+    labels = Labels.fit(train_table.label)
+    targets = labels.encode(train_table.label)
+    print(describe_classes(labels, targets))
+    train_rows, val_rows = split_rows(targets, config)
+    config = complete_config(config, runtime, len(train_rows))
+    root = Path(config.data_dir, config.root_dir)
+    statistics = look_at_images(root, train_table.image_path.tolist(), config.image_size)
+    train_images, test_images = load_all_images([train_table, test_table], config, statistics)
+    dataset = MathSymbolDataset(train_images, targets, runtime, config.pin_memory)
+    print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on, {len(test_table):,} to predict; "
+          f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels")
+    return (config, TrainingData(dataset, labels, statistics, train_rows, val_rows), test_table,
+            MathSymbolDataset(test_images, None, runtime, config.pin_memory))
+
+
+def run(config: Config, started: float) -> None:
+    """Train, predict, write the submission."""
+    folder, asked = check_output_dir(config), config.model
+    runtime = start_runtime(config)
+    print(f"device {runtime.describe()}")
+    symbols = read_symbols(config)
+    config, data, test_table, test_dataset = prepare_data(config, runtime)
+    print(f"model {config.model}" + (f" (auto: the choice for a {runtime.device.type} device)" if asked == "auto" else ""))
+    plot_class_distribution(folder / "class_distribution.png", data.labels, data.dataset.targets.cpu().numpy(), symbols)
+    seconds = seconds_to_train(config, data, len(test_table), runtime, started)
+    history = fit(config, data, runtime, seconds)
+    best = load_checkpoint(folder / "best_model.pth")
+    probabilities = ensemble_predict([best], [test_dataset], config.eval_batch_size, runtime)
+    write_submission(folder / "submission.csv", test_table.example_id, data.labels.decode(probabilities.argmax(axis=1)))
+    write_run_record(folder / "run.json", "run", config, runtime, best.metrics, started)
+    print(describe_result(folder, best.metrics, history, started))
+
+
+def predict_command(config: Config, checkpoints: list[str], started: float) -> None:
+    """Write the submission of one or more checkpoints, their probabilities averaged."""
+    folder = check_output_dir(config)
+    runtime = start_runtime(config)
+    paths = [Path(path) for path in checkpoints] or [folder / "best_model.pth"]
+    members = [load_checkpoint(path) for path in paths]
+    table = read_test_table(config)
+    datasets = {}
+    for statistics in {member.statistics for member in members}:
+        images = load_all_images([table], config, statistics)[0]
+        datasets[statistics] = MathSymbolDataset(images, None, runtime, config.pin_memory)
+    probabilities = ensemble_predict(members, [datasets[member.statistics] for member in members],
+                                     config.eval_batch_size, runtime)
+    predicted = members[0].labels.decode(probabilities.argmax(axis=1))
+    write_submission(folder / "submission.csv", table.example_id, predicted)
+    print(f"wrote {folder / 'submission.csv'}: {len(table):,} rows, the mean of {len(members)} networks, "
+          f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")
+
+
+def write_run_record(path: Path, command: str, config: Config, runtime: Runtime, metrics: dict, started: float) -> None:
+    """Write what a run was and gave: settings, versions, device, figures, time and memory."""
+    record = {"command": command, "config": dataclasses.asdict(config), "versions": versions(),
+              "device": runtime.describe(), "metrics": metrics, "seconds": round(time.monotonic() - started, 1),
+              "peak_memory_gb": peak_memory_gb()}
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+
+
+def peak_memory_gb() -> float | None:
+    """The most memory that this process held, in GB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
+
+
+def describe_result(folder: Path, metrics: dict, history: pd.DataFrame, started: float) -> str:
+    """The last lines of a run: which epoch was kept, what was written, how long it took."""
+    seconds = time.monotonic() - started
+    text = f"kept epoch {metrics['epoch']} of {len(history)}"
+    if "val_accuracy" in metrics:
+        text += (f": validation accuracy {metrics['val_accuracy']:.2%}, per class {metrics['val_class_accuracy']:.2%} "
+                 f"(of the rows that chose the epoch; the last one had {history.val_accuracy.iloc[-1]:.2%})")
+    return (f"{text}\nwrote best_model.pth, submission.csv, history.csv, class_distribution.png and run.json in "
+            f"{folder.resolve()}\ntotal time {int(seconds) // 60} min {seconds % 60:.0f} s, "
+            f"peak memory {peak_memory_gb()} GB")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; gives the exit status: 0, 1 for bad data (one line on stderr), 130 for Ctrl-C."""
+    started = time.monotonic()
+    command, checkpoints, config = parse_command_line(argv)
+    try:
+        if command == "run":
+            run(config, started)
+        else:
+            predict_command(config, checkpoints, started)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that vanished
+        print(f"error: {error.filename or config.output_dir}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; best_model.pth holds the best epoch so far, if one was finished", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
