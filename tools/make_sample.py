@@ -1,0 +1,116 @@
+"""Draw the sample competition: mathematical symbols as five typefaces know them, bent as a hand would bend them.
+
+    python -m tools.make_sample [OUT]       writes train.csv, test.csv, classes.csv and Dataset_Image/ (default: here)
+
+Each symbol carries its id from HASYv2, so the ids have gaps as in the real competition. An image starts as the outline
+of a mathtext glyph (cm, stix, stixsans, dejavusans, dejavuserif) and gets its own slant, rotation, proportions, elastic
+warp, jitter and stroke width; it is cropped to its ink and drawn at 32x32, black on white. File names and row order
+are shuffled, so that they say nothing of the label. The same versions of the packages write the same bytes.
+"""
+
+import argparse
+import pathlib
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.backends.backend_agg import RendererAgg
+from matplotlib.font_manager import FontProperties
+from matplotlib.path import Path
+from matplotlib.textpath import TextPath
+from matplotlib.transforms import IdentityTransform
+from PIL import Image
+
+SYMBOLS = {
+    31: "A", 34: "D", 46: "P", 49: "S", 59: r"\rightarrow", 72: "2", 73: "3", 74: "4", 76: "6", 78: "8", 81: r"\pi",
+    82: r"\alpha", 87: r"\beta", 88: r"\sum", 117: r"\gamma", 151: r"\delta", 152: r"\Delta", 155: r"\theta",
+    162: r"\lambda", 164: r"\mu", 166: r"\xi", 176: r"\varphi", 178: r"\psi", 180: r"\omega", 181: r"\Omega",
+    182: r"\partial", 183: r"\int", 185: r"\leq", 186: r"\geq", 189: r"\subset", 196: "+", 513: r"\times",
+    524: r"\pm", 526: r"\div", 601: r"\approx", 603: r"\equiv", 698: r"\neq", 763: r"\uparrow", 767: r"\Leftrightarrow",
+    882: r"\forall", 888: r"\in", 891: r"\exists", 944: r"\infty", 951: r"\nabla",
+}
+TYPEFACES = ("cm", "stix", "stixsans", "dejavusans", "dejavuserif")
+TRAIN_IMAGES, TEST_IMAGES = 40, 10  # of each class
+SIZE, FINE = 32, 8                  # pixels of an image's side, and how many times finer it is drawn
+SEED = 20
+
+
+def glyph(latex: str, typeface: str) -> Path:
+    """The outline of a symbol in a typeface, its rings cut into short pieces that can be bent."""
+    outline = TextPath((0, 0), f"${latex}$", size=100, prop=FontProperties(math_fontfamily=typeface))
+    rings = [Path(ring).interpolated(3).vertices for ring in outline.to_polygons()]
+    return Path.make_compound_path(*(Path(ring, closed=True) for ring in rings))
+
+
+def bend(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Points [N, 2] in -1..1 after a hand's slant, rotation, proportions, elastic warp and jitter."""
+    angle, slant = np.radians(rng.normal(0, 6)), rng.normal(0, 0.12)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = points @ np.array([[1, 0], [slant, 1]]) @ turn.T * rng.uniform(0.85, 1.15, size=2)
+    for length in (2.5, 1.2, 0.7):  # waves across the page, the shorter the weaker
+        wave = rng.normal(0, 1, (2, 2)) * np.pi / length
+        phase = rng.uniform(0, 2 * np.pi, 2)
+        points = points + rng.normal(0, 0.035 * length, 2) * np.sin(points @ wave.T + phase)
+    return points + rng.normal(0, 0.006, points.shape)
+
+
+def draw(path: Path, width: float) -> np.ndarray:
+    """Grey levels 0..255 of a path that is filled, then outlined: in ink to thicken (width > 0), in paper to thin."""
+    renderer = RendererAgg(SIZE * FINE, SIZE * FINE, 72)
+    white, ink = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
+    context = renderer.new_gc()
+    context.set_foreground(ink)
+    context.set_linewidth(0)
+    renderer.draw_path(context, path, IdentityTransform(), ink)
+    context.set_foreground(ink if width > 0 else white)
+    context.set_linewidth(abs(width))
+    renderer.draw_path(context, path, IdentityTransform(), None)
+    rgba = np.asarray(renderer.buffer_rgba()).astype(float)
+    return 255 - rgba[..., 3] + rgba[..., 3] / 255 * rgba[..., 0]  # what was never drawn on is transparent: paper
+
+
+def handwritten(path: Path, rng: np.random.Generator) -> Image.Image:
+    """One image of a symbol: bent, fitted to its box with a little room, binarised."""
+    box = path.get_extents()
+    middle, half = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]), max(box.width, box.height) / 2
+    points = bend((path.vertices - middle) / half, rng)
+    low, high = points.min(axis=0), points.max(axis=0)
+    side, margin = SIZE * FINE, FINE * rng.uniform(0.5, 2.5)
+    points = (points - (low + high) / 2) / (high - low).max() * (side - 2 * margin) + side / 2
+    pen = FINE * rng.uniform(-0.4, 0.8)
+    grey = draw(Path(points, path.codes), pen)
+    small = Image.fromarray(grey.astype(np.uint8)).resize((SIZE, SIZE), Image.Resampling.BOX)
+    return small.point(lambda level: 255 if level > 180 else 0).convert("1", dither=Image.Dither.NONE)
+
+
+def draw_all() -> pd.DataFrame:
+    """A row for each image: its label, its split and the image."""
+    rows = []
+    for label, latex in SYMBOLS.items():
+        paths = [glyph(latex, typeface) for typeface in TYPEFACES]
+        for number in range(TRAIN_IMAGES + TEST_IMAGES):
+            rng = np.random.default_rng([SEED, label, number])
+            rows.append((label, number < TRAIN_IMAGES, handwritten(paths[number % len(paths)], rng)))
+    return pd.DataFrame(rows, columns=["label", "train", "image"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path, nargs="?", default=pathlib.Path("."))
+    out = parser.parse_args().out
+    with matplotlib.rc_context({"path.simplify": False, "agg.path.chunksize": 0}):
+        table = draw_all().sample(frac=1, random_state=SEED, ignore_index=True)
+    table["image_path"] = [f"{number:04d}.png" for number in range(len(table))]
+    (out / "Dataset_Image").mkdir(parents=True, exist_ok=True)
+    for name, image in zip(table.image_path, table.image):
+        image.save(out / "Dataset_Image" / name, optimize=True)
+    table[table.train][["image_path", "label"]].to_csv(out / "train.csv", index=False)
+    test = table[~table.train].reset_index(drop=True)
+    test.assign(example_id=test.index)[["example_id", "image_path"]].to_csv(out / "test.csv", index=False)
+    classes = pd.DataFrame({"label": SYMBOLS.keys(), "latex": SYMBOLS.values()})
+    classes.to_csv(out / "classes.csv", index=False)
+    print(f"wrote {len(table)} images of {len(SYMBOLS)} symbols to {out.resolve()}")
+
+
+if __name__ == "__main__":
+    main()
