@@ -45,6 +45,7 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -125,6 +126,8 @@ class Config:
     def __post_init__(self) -> None:
         for name, annotation in typing.get_type_hints(Config).items():
             check_setting(name, annotation, getattr(self, name))
+        if self.model not in ("auto", *MODELS):
+            raise ValueError(f"model must be one of auto, {', '.join(MODELS)}, not {self.model!r}")
         if self.train_val_split == 1 and self.schedule == "plateau":
             raise ValueError("schedule plateau needs validation rows: set train_val_split below 1")
 
@@ -155,73 +158,77 @@ PRESETS = {
     },
 }
 
+# The settings that `predict` takes from the command line; all others are the checkpoint's.
+PREDICT_SETTINGS = {"data_dir", "test_csv", "root_dir", "output_dir", "cache_dir", "eval_batch_size", "device",
+                    "precision", "num_workers", "pin_memory"}
+
 
 def check_setting(name: str, annotation, value) -> None:
     """Raise ValueError if a field's value is not of its type, not one of its choices or outside its limits."""
+    choices = typing.get_args(annotation)
     if typing.get_origin(annotation) is Literal:
-        if value not in typing.get_args(annotation):
-            raise ValueError(f"{name} must be one of {', '.join(typing.get_args(annotation))}, not {value!r}")
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
         return
-    optional = types.NoneType in typing.get_args(annotation)
-    kind = typing.get_args(annotation)[0] if optional else annotation
-    if value is None and optional or kind is bool and isinstance(value, bool) or kind is str and isinstance(value, str):
+    kind = choices[0] if choices else annotation  # of `int | None` the int
+    if (choices and value is None) or (kind in (bool, str) and isinstance(value, kind)):
         return
-    number = (int, float) if kind is float else int
-    if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, number):
+    if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, (int, kind)):
         raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
     low, high = LIMITS.get(name, (0, math.inf))
     if not (low <= value <= high and math.isfinite(value)):
-        raise ValueError(f"{name} must be {'at least ' + str(low) if high == math.inf else f'from {low} to {high}'}, "
-                         f"not {value}")
+        limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise ValueError(f"{name} must be {limits}, not {value}")
+
+
+def from_text(annotation, text: str):
+    """A flag's text as a value of a field's type; as it is where it is none, for Config to say what is wrong."""
+    kinds = typing.get_args(annotation) or (annotation,)
+    if text == "auto" and types.NoneType in kinds:
+        return None
+    try:
+        return kinds[0](text) if kinds[0] in (int, float) else text
+    except ValueError:
+        return text
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line: the commands, --preset, and a flag for every Config field with its comment as help."""
     parser = argparse.ArgumentParser(prog="script.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                                     usage="script.py [run | predict [CHECKPOINT ...]] [--SETTING VALUE ...]",
                                      description="Train a classifier of small grey images and write a submission.")
-    parser.add_argument("command", nargs="?", choices=("run", "predict"), default="run",
-                        help="run (the default): train, predict and write the submission; "
-                             "predict: write the submission of existing checkpoints")
-    parser.add_argument("checkpoints", nargs="*", default=[],
-                        help="predict: the checkpoints to average (default: best_model.pth in the output folder)")
+    parser.add_argument("words", nargs="*", metavar="COMMAND", default=[],
+                        help="run (the default): train, predict and write the submission; predict: the submission of "
+                             "existing checkpoints, averaged (default: best_model.pth in the output folder)")
     parser.add_argument("--preset", choices=PRESETS, help="start from this recipe; flags given with it go before it")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for name, annotation in typing.get_type_hints(Config).items():
         default = getattr(Config, name)
         text = f"{helps[name]} (default: {'auto' if default is None else default!r})".replace("%", "%%")
-        parser.add_argument("--" + name.replace("_", "-"), help=text, **flag_form(annotation))
+        kinds = [getattr(kind, "__name__", kind) for kind in typing.get_args(annotation) or [annotation]]
+        form = {"action": argparse.BooleanOptionalAction} if annotation is bool else {
+            "type": functools.partial(from_text, annotation), "metavar": "|".join(kinds).replace("NoneType", "auto")}
+        parser.add_argument("--" + name.replace("_", "-"), help=text, **form)
     return parser
-
-
-def flag_form(annotation) -> dict:
-    """The argparse keywords that turn text into a value of a field's type."""
-    if annotation is bool:
-        return {"action": argparse.BooleanOptionalAction}
-    if typing.get_origin(annotation) is Literal:
-        return {"choices": typing.get_args(annotation)}
-    if types.NoneType in typing.get_args(annotation):
-        kind = typing.get_args(annotation)[0]
-
-        def convert(text: str):
-            return None if text == "auto" else kind(text)
-
-        convert.__name__ = kind.__name__  # argparse names the type in its message
-        return {"type": convert, "metavar": f"{kind.__name__.upper()}|auto"}
-    return {"type": annotation, "metavar": annotation.__name__.upper()}
 
 
 def parse_command_line(argv: list[str] | None) -> tuple[str, list[str], Config]:
     """Command, checkpoints and Config of a command line; exits with status 2 and one line where it is wrong."""
     parser = make_parser()
     given, unknown = parser.parse_known_intermixed_args(argv)
+    settings = vars(given)
+    command, *checkpoints = settings.pop("words") or ["run"]
     if unknown:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    settings = vars(given)
-    command, checkpoints = settings.pop("command"), settings.pop("checkpoints")
-    if checkpoints and command == "run":
+    if command not in ("run", "predict"):
+        parser.error(f"unknown command {command}; the commands are run and predict")
+    if command == "run" and checkpoints:
         parser.error(f"run takes no checkpoint ({checkpoints[0]}); to use one: script.py predict {checkpoints[0]}")
+    idle = sorted(settings.keys() - PREDICT_SETTINGS)
+    if command == "predict" and idle:
+        parser.error(f"--{idle[0].replace('_', '-')} has no effect on predict: the checkpoint holds it")
     try:
         return command, checkpoints, Config(**{**PRESETS.get(settings.pop("preset", ""), {}), **settings})
     except ValueError as error:
@@ -229,16 +236,17 @@ def parse_command_line(argv: list[str] | None) -> tuple[str, list[str], Config]:
 
 
 def complete_config(config: Config, runtime: "Runtime", training_rows: int) -> Config:
-    """The config with its model named and every None replaced by the recipe's value."""
+    """The config with model and precision named and every None replaced by the recipe's value."""
     model = config.model
     if model == "auto":
         model = "cnn" if runtime.device.type == "cpu" else "resnet"
     recipe = RECIPES[model]
+    config = dataclasses.replace(config, model=model, precision=runtime.precision)
     chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if "num_epochs" in chosen:
         steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]))
         chosen["num_epochs"] = max(recipe["num_epochs"], math.ceil(config.min_steps / steps))
-    return dataclasses.replace(config, model=model, **chosen)
+    return dataclasses.replace(config, **chosen)
 
 
 # ======================================================================================================================
@@ -248,6 +256,11 @@ def complete_config(config: Config, runtime: "Runtime", training_rows: int) -> C
 
 class DataError(Exception):
     """Something that the user gave is wrong: a message that names the file, the row and the remedy."""
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, in one line; its kind where it says nothing."""
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -313,7 +326,7 @@ def device_fault(name: str) -> str:
         ones = torch.ones(8, 8, device=torch.device(name))
         return "" if (ones @ ones).sum().item() == 512 else "a matrix product came out wrong"
     except Exception as error:  # each backend raises its own kinds
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
 
 
 def best_precision(device: torch.device) -> str:
@@ -328,13 +341,10 @@ def best_precision(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a run's result depends on."""
-    import sklearn
-    import torchvision
-
-    packages = {"torch": torch, "torchvision": torchvision, "numpy": np, "pandas": pd, "scikit-learn": sklearn}
-    found = {name: str(package.__version__) for name, package in packages.items()}
+    packages = ("torchvision", "numpy", "pandas", "scikit-learn", "pillow")
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    return {"python": platform.python_version(), **found, "script_sha256": source}
+    return {"python": platform.python_version(), "script_sha256": source, "torch": str(torch.__version__),
+            **{package: metadata.version(package) for package in packages}}
 
 
 def seed_of(config: Config, epoch: int, step: int) -> int:
@@ -389,7 +399,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise DataError(f"{path}: the file is empty; it needs the columns {', '.join(columns)}") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, ValueError, OSError) as error:
-        raise DataError(f"{path}: not a readable CSV table ({str(error).strip()})") from None
+        raise DataError(f"{path}: not a readable CSV table ({first_line(error)})") from None
     table.columns = table.columns.str.strip()
     check_columns(path, table.columns, columns)
     table = table[list(columns)].fillna("")  # a row that is too short gets NaN even so
@@ -406,7 +416,7 @@ def check_columns(path: Path, found: pd.Index, wanted: tuple[str, ...]) -> None:
     for name in wanted:
         if name not in found:
             near = difflib.get_close_matches(name, found, 1, 0.7)
-            hint = f"rename {near[0]!r}" if near else "is it separated by commas?"
+            hint = f"rename {near[0]!r}" if near and len(found) > 1 else "is it separated by commas?"
             raise DataError(f"{path}: no column {name!r} in its header ({', '.join(map(str, found))}); {hint}")
         if list(found).count(name) > 1 or f"{name}.1" in found:
             raise DataError(f"{path}: the column {name!r} stands there twice; remove one")
@@ -524,21 +534,19 @@ class ImageStatistics:
     size: int   # side in pixels of the stored images
 
 
-def read_image(path: str) -> Image.Image:
-    """The first frame of an image file, upright, decoded. Raises what Pillow raises."""
+def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Grey levels [H, W], uint8, of an image's first frame, upright; and its opacity [H, W] if it has one.
+
+    Raises what Pillow raises for a file that is not a whole image.
+    """
     with open(path, "rb") as file:  # from memory, since Pillow reads a file in many small pieces
         data = file.read()
     if not data:
         raise ValueError("the file is empty")
     image = Image.open(io.BytesIO(data))
     image.load()
-    return ImageOps.exif_transpose(image) if "exif" in image.info else image
-
-
-def split_alpha(image: Image.Image) -> tuple[np.ndarray, np.ndarray | None]:
-    """Grey levels 0..255 [H, W] of any Pillow mode, and the opacity 0..255 where the image has one."""
-    if image.mode in ("1", "L", "RGB") and "transparency" not in image.info:
-        return np.asarray(image.convert("L")), None
+    if "exif" in image.info:
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip
         return (np.asarray(image, dtype=np.int64) // 257).clip(0, 255).astype(np.uint8), None
     if "A" in image.getbands() or "transparency" in image.info:
@@ -551,27 +559,22 @@ def paper_of(grey: np.ndarray, alpha: np.ndarray | None) -> int:
     """The paper's grey level, 0 or 255: the border's where the image is opaque, else the opposite of what is drawn."""
     if alpha is not None and (alpha < 128).any() and (alpha >= 128).any():
         return 0 if grey[alpha >= 128].mean() > 127 else 255
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    return 255 if np.median(border) > 127 else 0
+    return 255 if np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])) > 127 else 0
 
 
-def to_ink(image: Image.Image, statistics: ImageStatistics) -> np.ndarray:
+def to_ink(grey: np.ndarray, alpha: np.ndarray | None, statistics: ImageStatistics) -> np.ndarray:
     """Ink [size, size], uint8, paper 0: fitted without distortion, centred on paper."""
-    grey, alpha = split_alpha(image)
     ink = grey if statistics.paper == 0 else 255 - grey
     if alpha is not None:
         ink = (ink.astype(np.uint16) * alpha // 255).astype(np.uint8)
-    height, width = ink.shape
-    if height == width == statistics.size:
+    size, (height, width) = statistics.size, ink.shape
+    if height == width == size:
         return ink
-    factor = statistics.size / max(height, width)
-    shape = max(1, round(width * factor)), max(1, round(height * factor))
-    fitted = np.asarray(Image.fromarray(ink).resize(shape, Image.Resampling.BOX if factor < 1 else
-                                                    Image.Resampling.BILINEAR))
-    top, left = (statistics.size - shape[1]) // 2, (statistics.size - shape[0]) // 2
-    page = np.zeros((statistics.size, statistics.size), dtype=np.uint8)
-    page[top: top + shape[1], left: left + shape[0]] = fitted
-    return page
+    fitted = [max(1, round(side * size / max(height, width))) for side in (width, height)]  # ImageOps.pad drops thin ones
+    page = Image.new("L", (size, size), 0)
+    page.paste(Image.fromarray(ink).resize(fitted, Image.Resampling.BILINEAR),
+               ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
+    return np.asarray(page)
 
 
 def look_at_images(root: Path, names: list[str], image_size: int) -> ImageStatistics:
@@ -582,9 +585,9 @@ def look_at_images(root: Path, names: list[str], image_size: int) -> ImageStatis
     papers, sides = [], []
     for name in names[:: math.ceil(len(names) / 256)]:
         try:
-            image = read_image(os.path.join(root, name))
-            papers.append(paper_of(*split_alpha(image)))
-            sides.append(max(image.size))
+            grey, alpha = read_grey(os.path.join(root, name))
+            papers.append(paper_of(grey, alpha))
+            sides.append(max(grey.shape))
         except Exception:  # named with its row when all images are decoded
             continue
     if not papers:
@@ -599,7 +602,7 @@ def decode_chunk(job: tuple[list[str], ImageStatistics]) -> tuple[np.ndarray, di
     faults = {}
     for position, path in enumerate(paths):
         try:
-            images[position] = to_ink(read_image(path), statistics)
+            images[position] = to_ink(*read_grey(path), statistics)
         except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
             faults[position] = describe_fault(error)
     return images, faults
@@ -611,41 +614,35 @@ def describe_fault(error: Exception) -> str:
         return "not an image that Pillow can read"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return str(error) or type(error).__name__
+    return first_line(error)
 
 
 def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -> tuple[np.ndarray, dict[int, str]]:
     """Decode all paths, on several processes where there are many: ink [N, size, size] and faults by position."""
-    images = np.empty((len(paths), statistics.size, statistics.size), dtype=np.uint8)
+    images, faults = np.empty((len(paths), statistics.size, statistics.size), dtype=np.uint8), {}
     starts = range(0, len(paths), DECODE_CHUNK)
     jobs = [(paths[start: start + DECODE_CHUNK], statistics) for start in starts]
-    workers = min(len(jobs) - 1, available_cores() if workers < 0 else workers)
-    faults = {}
-    with decoder_pool(workers) as run_all, tqdm(total=len(paths), unit="img", desc="decoding", disable=None) as bar:
-        for start, (chunk, chunk_faults) in zip(starts, run_all(decode_chunk, jobs)):
+    with tqdm(total=len(paths), unit="img", desc="decoding", disable=None) as bar:
+        for start, (chunk, chunk_faults) in zip(starts, map_jobs(decode_chunk, jobs, workers)):
             images[start: start + len(chunk)] = chunk
             faults.update({start + position: fault for position, fault in chunk_faults.items()})
             bar.update(len(chunk))
     return images, faults
 
 
-@contextmanager
-def decoder_pool(workers: int):
-    """Yield a `map`: over processes, or this process's own where there are none.
+def map_jobs(function, jobs: list, workers: int):
+    """Yield the function of each job, in order, computed by so many processes (-1: one a core) or by this one.
 
     Forked where it can be: a fresh process would import torch first, which takes longer than most decoding.
     """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    workers = min(len(jobs) - 1, cores if workers < 0 else workers)
     if workers < 1:
-        yield map
+        yield from map(function, jobs)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield pool.map
-
-
-def available_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        yield from pool.map(function, jobs)
 
 
 def file_identities(paths: list[str]) -> np.ndarray:
@@ -945,7 +942,8 @@ def summarize_model(model: nn.Module, image_size: int) -> str:
             lines.append(f"  {name:<10}{shape:>16}{sum(weight.numel() for weight in layer.parameters()):>14,}")
     model.train(was_training)
     total = sum(weight.numel() for weight in model.parameters())
-    return "\n".join([f"{type(model).__name__}, {total / 1e6:.2f} million parameters, {image_size} x {image_size} input",
+    title = f"{type(model).__name__}, {total / 1e6:.2f} million parameters, {image_size} x {image_size} input"
+    return "\n".join([title,
                       f"  {'layer':<10}{'output':>16}{'parameters':>14}", *lines])
 
 
@@ -954,22 +952,15 @@ def summarize_model(model: nn.Module, image_size: int) -> str:
 # ======================================================================================================================
 
 
-def mixup_data(images: Tensor, targets: Tensor, config: Config, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
-    """Blend each image with another of its batch: images, both class numbers, the first one's share (arXiv:1710.09412).
+def mixup_data(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Blend each image [B, 1, H, W] with another of its batch, and their targets [B, K] alike (arXiv:1710.09412).
 
-    Without mixup the share is 1 and both class numbers are the image's own.
+    The whole batch shares one draw of Beta(alpha, alpha).
     """
-    if not config.mixup:
-        return images, targets, targets, 1.0
-    generator = np.random.default_rng(seed)
-    share = float(generator.beta(config.mixup_alpha, config.mixup_alpha))
-    others = torch.from_numpy(generator.permutation(len(images))).to(images.device, non_blocking=True)
-    return torch.lerp(images[others], images, share), targets, targets[others], share
-
-
-def mixed(function, targets: Tensor, others: Tensor, share: float) -> Tensor:
-    """A function of class numbers, averaged over both of a blend."""
-    return function(targets) if share == 1 else share * function(targets) + (1 - share) * function(others)
+    draws = np.random.default_rng(seed)
+    others = torch.from_numpy(draws.permutation(len(images))).to(images.device, non_blocking=True)
+    share = float(draws.beta(alpha, alpha))
+    return torch.lerp(images[others], images, share), torch.lerp(targets[others], targets, share)
 
 
 def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -1022,9 +1013,9 @@ def load_checkpoint(path: Path) -> Trained:
     except FileNotFoundError:
         raise DataError(f"{path}: no such checkpoint; train one with `python script.py`") from None
     except Exception as error:  # zipfile, pickle and torch each raise their own
-        raise DataError(f"{path}: not a readable checkpoint ({str(error).strip().splitlines()[0][:200]}); "
+        raise DataError(f"{path}: not a readable checkpoint ({first_line(error)}); "
                         "train again, or name another") from None
-    if not isinstance(content, dict) or not CHECKPOINT_KEYS <= content.keys():
+    if not isinstance(content, dict) or not content.keys() >= CHECKPOINT_KEYS:
         raise DataError(f"{path}: not a checkpoint of script.py (it lacks {', '.join(sorted(CHECKPOINT_KEYS))})")
     try:
         known = {field.name for field in dataclasses.fields(Config)}
@@ -1034,7 +1025,7 @@ def load_checkpoint(path: Path) -> Trained:
         statistics = ImageStatistics(**content["image_statistics"])
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: the checkpoint does not fit together "
-                        f"({str(error).strip().splitlines()[0][:200]})") from None
+                        f"({first_line(error)})") from None
     return Trained(model, config, Labels(content["classes"]), statistics, content["metrics"])
 
 
@@ -1048,6 +1039,7 @@ class TrainingData:
     """What `fit` learns from: a dataset with its labels and the positions of its training and validation rows."""
 
     dataset: MathSymbolDataset
+    targets: np.ndarray
     labels: Labels
     statistics: ImageStatistics
     train_rows: np.ndarray
@@ -1092,7 +1084,7 @@ class Learner:
     """The network in training, with its optimizer and its averaged weights."""
 
     def __init__(self, config: Config, num_classes: int, runtime: Runtime):
-        self.config, self.runtime, self.step = config, runtime, 0
+        self.config, self.num_classes, self.runtime, self.step = config, num_classes, runtime, 0
         self.model = build_model(config, num_classes).to(runtime.device)
         self.parallel = nn.DataParallel(self.model) if runtime.gpus > 1 else self.model
         self.optimizer = make_optimizer(self.model, config, runtime)
@@ -1110,21 +1102,25 @@ class Learner:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def learn(self, images: Tensor, targets: Tensor, epoch: int, progress: float) -> tuple[Tensor, Tensor]:
-        """One step on a batch; gives its mean loss and its number of hits, both left on the device."""
+    def learn(self, images: Tensor, classes: Tensor, epoch: int, progress: float) -> Tensor:
+        """One step on a batch of uint8 images; gives its summed loss and its number of hits [2], left on the device.
+
+        A guess at a blend counts as much as the blend holds of the class that was guessed.
+        """
         config, seed = self.config, seed_of(self.config, epoch, self.step)
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
         torch.manual_seed(seed)  # dropout draws from the global generator
         inputs = augment(images, config, generator) if config.augment else to_input(images, config.image_size)
-        inputs, targets, others, share = mixup_data(inputs, targets, config, seed)
+        targets = F.one_hot(classes, self.num_classes).float()
+        if config.mixup:
+            inputs, targets = mixup_data(inputs, targets, config.mixup_alpha, seed)
         with self.runtime.autocast():
             logits = self.parallel(inputs)
         logits = logits.float()
-        loss = mixed(lambda classes: F.cross_entropy(logits, classes, label_smoothing=config.label_smoothing),
-                     targets, others, share)
+        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
         self.descend(loss, progress)
-        guesses = logits.detach().argmax(dim=1)
-        return loss.detach(), mixed(lambda classes: (guesses == classes).sum(), targets, others, share)
+        hits = targets.gather(1, logits.detach().argmax(dim=1, keepdim=True)).sum()
+        return torch.stack([loss.detach() * len(images), hits])
 
     def descend(self, loss: Tensor, progress: float) -> None:
         """Backward pass, clipping, the optimizer's step at the schedule's rate, the averages."""
@@ -1172,12 +1168,11 @@ def train(learner: Learner, data: TrainingData, epoch: int, pace: Pace) -> dict[
     learner.model.train()
     with tqdm(total=len(data.train_rows), unit="img", unit_scale=True, leave=False, disable=None,
               desc=f"epoch {epoch}/{config.num_epochs}") as bar:
-        for rows, (images, targets) in zip(steps, data.dataset.batches(steps)):
+        for rows, (images, classes) in zip(steps, data.dataset.batches(steps)):
             progress = pace.progress(learner.step)
             if progress >= 1:
                 break
-            loss, hits = learner.learn(images, targets, epoch, progress)
-            totals += torch.stack([loss * len(rows), hits.float()])
+            totals += learner.learn(images, classes, epoch, progress)
             seen += len(rows)
             if bar.update(len(rows)):  # true when the bar was redrawn, ten times a second at the most
                 mean_loss, accuracy = (totals / seen).tolist()
@@ -1193,7 +1188,7 @@ def validate(model: nn.Module, data: TrainingData, config: Config, runtime: Runt
     if not len(data.val_rows):
         return {}
     probabilities = predict(model, data.dataset, data.val_rows, config.image_size, config.eval_batch_size, runtime)
-    return score(probabilities, data.dataset.targets.cpu().numpy()[data.val_rows])
+    return score(probabilities, data.targets[data.val_rows])
 
 
 HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_class_accuracy",
@@ -1269,8 +1264,8 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     reserve = 5 + 1.5 * per_image * (len(data.val_rows) + test_rows)
     left = started + 60 * config.max_minutes - time.monotonic() - reserve
     if left <= 0:
-        raise DataError(f"--max-minutes {config.max_minutes:g} leaves no time to train: reading the data took "
-                        f"{time.monotonic() - started:.0f} s, validation and prediction will take about {reserve:.0f} s")
+        raise DataError(f"--max-minutes {config.max_minutes:g} leaves no time to train: the start took "
+                        f"{time.monotonic() - started:.0f} s, validation and prediction will take {reserve:.0f} s")
     return left
 
 
@@ -1393,7 +1388,7 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData
     dataset = MathSymbolDataset(train_images, targets, runtime, config.pin_memory)
     print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on, {len(test_table):,} to predict; "
           f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels")
-    return (config, TrainingData(dataset, labels, statistics, train_rows, val_rows), test_table,
+    return (config, TrainingData(dataset, targets, labels, statistics, train_rows, val_rows), test_table,
             MathSymbolDataset(test_images, None, runtime, config.pin_memory))
 
 
@@ -1404,8 +1399,8 @@ def run(config: Config, started: float) -> None:
     print(f"device {runtime.describe()}")
     symbols = read_symbols(config)
     config, data, test_table, test_dataset = prepare_data(config, runtime)
-    print(f"model {config.model}" + (f" (auto: the choice for a {runtime.device.type} device)" if asked == "auto" else ""))
-    plot_class_distribution(folder / "class_distribution.png", data.labels, data.dataset.targets.cpu().numpy(), symbols)
+    print(f"model {config.model}" + (f" (auto: the choice for {runtime.device.type})" if asked == "auto" else ""))
+    plot_class_distribution(folder / "class_distribution.png", data.labels, data.targets, symbols)
     seconds = seconds_to_train(config, data, len(test_table), runtime, started)
     history = fit(config, data, runtime, seconds)
     best = load_checkpoint(folder / "best_model.pth")

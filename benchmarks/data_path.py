@@ -1,0 +1,72 @@
+"""Rates of the data path on a real competition folder: decoding, the image cache, augmentation.
+
+    python -m benchmarks.data_path --data-dir COMPETITION [--rounds 3]
+
+Decoding starts with an empty cache folder each round (the files themselves are warm in the system's cache after the
+first); the cache is then opened with every file's size and times checked. Augmentation makes batches of --batch-size
+from 32 to 48 pixels with every change switched on.
+"""
+
+import argparse
+import dataclasses
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+import script
+
+EVERYTHING = script.Config(image_size=48, perspective=0.1, brightness=0.2, contrast=0.2, erasing=0.2)
+
+
+def clock(function, *arguments):
+    """Seconds that a call takes."""
+    started = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - started
+
+
+def decode_and_open(config: script.Config) -> tuple[float, float, int]:
+    """Seconds to decode all images of both tables into an empty cache, seconds to open it again, number of images."""
+    tables = [script.read_train_table(config), script.read_test_table(config)]
+    root = Path(config.data_dir, config.root_dir)
+    with tempfile.TemporaryDirectory() as cache:
+        config = dataclasses.replace(config, cache_dir=cache)
+        statistics = script.look_at_images(root, tables[0].image_path.tolist(), 48)
+        return (clock(script.load_all_images, tables, config, statistics),
+                clock(script.load_all_images, tables, config, statistics), sum(map(len, tables)))
+
+
+def augment_rate(config: script.Config, batch_size: int, seconds: float = 5.0) -> float:
+    """Images a second through `augment`."""
+    images = (torch.rand(batch_size, 1, 32, 32) < 0.15).to(torch.uint8) * 255
+    generator = torch.Generator().manual_seed(0)
+    script.augment(images, config, generator)
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds:
+        script.augment(images, config, generator)
+        done += batch_size
+    return done / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=128)
+    given = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; "
+          f"{shutil.disk_usage(tempfile.gettempdir()).free / 1e9:.0f} GB free for the cache")
+    for number in range(1, given.rounds + 1):
+        decode, reopen, count = decode_and_open(script.Config(data_dir=given.data_dir))
+        rate = augment_rate(EVERYTHING, given.batch_size)
+        default = augment_rate(dataclasses.replace(script.Config(), image_size=48), given.batch_size)
+        print(f"round {number}: decoded and stored {count:,} images in {decode:.1f} s ({count / decode:,.0f}/s); "
+              f"opened from the cache in {reopen:.2f} s; augmented {rate:,.0f}/s with everything, {default:,.0f}/s by "
+              "default", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""What the tests share: a small competition drawn on the spot, and the real command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+CLASSES = ["3", "17", "40", "101", "1400"]  # gaps, as in the real competition
+
+
+def draw_shape(kind: int, rng: np.random.Generator) -> Image.Image:
+    """A bar, a beam, a cross, a ring or a slash, black on white, somewhere near the middle of 32x32."""
+    image = Image.new("L", (32, 32), 255)
+    pen = ImageDraw.Draw(image)
+    x, y, reach, width = rng.integers(13, 19), rng.integers(13, 19), rng.integers(8, 12), int(rng.integers(2, 4))
+    if kind in (0, 2):
+        pen.line((x, y - reach, x, y + reach), fill=0, width=width)
+    if kind in (1, 2):
+        pen.line((x - reach, y, x + reach, y), fill=0, width=width)
+    if kind == 3:
+        pen.ellipse((x - reach, y - reach, x + reach, y + reach), outline=0, width=width)
+    if kind == 4:
+        pen.line((x - reach, y + reach, x + reach, y - reach), fill=0, width=width)
+    return image
+
+
+def make_competition(folder: Path, train_rows: int = 100, test_rows: int = 30, classes: list[str] = CLASSES) -> Path:
+    """Write a competition folder whose test.csv has the real one's columns; kinds go round, file names are shuffled."""
+    rng = np.random.default_rng(5)
+    (folder / "Dataset_Image" / "data").mkdir(parents=True)
+    numbers = rng.permutation(train_rows + test_rows)
+    names = [f"data/v2-{number:05d}.png" for number in numbers]
+    for row, name in enumerate(names):
+        draw_shape(row % len(classes), rng).save(folder / "Dataset_Image" / name)
+    labels = [classes[row % len(classes)] for row in range(train_rows)]
+    pd.DataFrame({"image_path": names[:train_rows], "label": labels}).to_csv(folder / "train.csv", index=False)
+    pd.DataFrame({"image_path": names[train_rows:], "user_id": 7, "example_id": numbers[train_rows:]}
+                 ).to_csv(folder / "test.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def competition(tmp_path: Path) -> Path:
+    return make_competition(tmp_path / "competition")
+
+
+QUICK = ["--num-epochs", "2", "--batch-size", "16", "--image-size", "16"]
+
+
+class Command:
+    """`python script.py` on a competition folder, with everything that it writes below one folder."""
+
+    def __init__(self, data: Path, output: Path, cache: Path):
+        self.data, self.output, self.cache = data, output, cache
+
+    def arguments(self, *arguments: str) -> list[str]:
+        return [*arguments, "--data-dir", str(self.data), "--output-dir", str(self.output),
+                "--cache-dir", str(self.cache), "--device", "cpu"]
+
+    def __call__(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(REPOSITORY / "script.py"), *self.arguments(*arguments)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "2", **options.pop("env", {})}
+        return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, **options)
+
+    def submission(self) -> pd.DataFrame:
+        return pd.read_csv(self.output / "submission.csv", dtype=str, na_filter=False)
+
+
+@pytest.fixture
+def command(competition: Path, tmp_path: Path) -> Command:
+    return Command(competition, tmp_path / "out", tmp_path / "cache")
+
+
+@pytest.fixture
+def main_in_process(command: Command, capsys):
+    """The command line without the price of a new process: gives status, stdout and stderr."""
+    import script
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = script.main(command.arguments(*arguments))
+        except SystemExit as stop:  # argparse
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return call

@@ -1,0 +1,105 @@
+"""Room 4, second half: augmentation by batch."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+import script
+from script import Config, augment, to_input
+
+STILL = Config(image_size=32, rotation=0, scale=0, shear=0, shift=0, perspective=0, elastic=0, brightness=0, contrast=0,
+               erasing=0)
+STRONG = Config(image_size=48, rotation=25, scale=0.3, shear=0.3, shift=0.2, perspective=0.3, elastic=0.2,
+                brightness=0.5, contrast=0.8, erasing=0.9)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def pages(count: int = 16) -> torch.Tensor:
+    """A square of ink left of and above the middle."""
+    images = torch.zeros(count, 1, 32, 32, dtype=torch.uint8)
+    images[:, :, 4:14, 6:12] = 255
+    return images
+
+
+def centre(ink: torch.Tensor) -> torch.Tensor:
+    """Mean x and y of each image's ink, in -1..1."""
+    line = (torch.arange(ink.shape[-1]) * 2 + 1) / ink.shape[-1] - 1
+    mass = ink.sum(dim=(1, 2, 3))
+    return torch.stack([(ink * line).sum(dim=(1, 2, 3)), (ink * line[:, None]).sum(dim=(1, 2, 3))], dim=1) / mass[:, None]
+
+
+def test_a_blank_page_stays_blank():
+    blank = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
+    assert augment(blank, STRONG, seeded()).abs().max() == 0
+
+
+def test_new_pixels_are_paper():
+    full = torch.full((64, 1, 32, 32), 255, dtype=torch.uint8)
+    config = dataclasses.replace(STILL, rotation=45.0, shift=0.3)
+    corners = augment(full, config, seeded())[:, 0, [0, 0, -1, -1], [0, -1, 0, -1]]
+    assert (corners == 0).any(dim=1).all() and corners.max() <= 1
+
+
+def test_no_change_is_the_identity():
+    images = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8, generator=seeded())
+    assert torch.allclose(augment(images, STILL, seeded()), to_input(images, 32), atol=1e-5)
+    larger = augment(pages(), dataclasses.replace(STILL, image_size=48), seeded())
+    assert larger.shape == (16, 1, 48, 48) and torch.allclose(larger, to_input(pages(), 48), atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["rotation", "scale", "shear", "shift", "perspective", "elastic", "brightness",
+                                  "erasing"])
+def test_each_image_has_its_own_draw(name):
+    config = dataclasses.replace(STILL, **{name: getattr(STRONG, name)})
+    images = torch.full_like(pages(), 255) if name == "erasing" else pages()  # a hole shows in ink alone
+    flat = {tuple(image.flatten().tolist()) for image in augment(images, config, seeded())}
+    assert len(flat) >= (12 if name == "erasing" else 16)  # one image in ten is spared
+
+
+def test_contrast_bends_greys_and_keeps_paper_and_full_ink():
+    greys = torch.tensor([0, 100, 255], dtype=torch.uint8).repeat(16, 1, 32, 11)[..., :32].contiguous()
+    changed = augment(greys, dataclasses.replace(STILL, contrast=0.8), seeded())
+    assert changed[..., 0].max() == 0 and changed[..., 2].min() > 0.999
+    assert changed[:, 0, 5, 1].unique().numel() == 16
+
+
+def test_the_same_generator_gives_the_same_batch():
+    assert torch.equal(augment(pages(), STRONG, seeded(3)), augment(pages(), STRONG, seeded(3)))
+    assert not torch.equal(augment(pages(), STRONG, seeded(3)), augment(pages(), STRONG, seeded(4)))
+
+
+def test_rotation_and_scale_do_what_they_say(monkeypatch):
+    """The ink's centre turns by the drawn angle about the image's, and its distance grows by the drawn scale."""
+    before = centre(to_input(pages(200), 32))
+    turned = centre(augment(pages(200), dataclasses.replace(STILL, rotation=20.0), seeded()))
+    angles = torch.rad2deg(torch.atan2(turned[:, 1], turned[:, 0]) - torch.atan2(before[:, 1], before[:, 0]))
+    assert angles.abs().max() < 20.5 and angles.min() < -17 and angles.max() > 17
+    assert torch.allclose(turned.norm(dim=1), before.norm(dim=1), atol=0.02)
+    grown = centre(augment(pages(200), dataclasses.replace(STILL, scale=0.2), seeded())).norm(dim=1) / before.norm(dim=1)
+    assert 0.79 < grown.min() < 0.83 and 1.17 < grown.max() < 1.21
+
+
+def test_shift_is_a_share_of_the_side():
+    moved = centre(augment(pages(200), dataclasses.replace(STILL, shift=0.1), seeded())) - centre(to_input(pages(200), 32))
+    assert 0.18 < moved.abs().max() < 0.205  # of a span of 2
+
+
+def test_erasing_hits_its_share_of_the_images():
+    full = torch.full((400, 1, 32, 32), 255, dtype=torch.uint8)
+    config = dataclasses.replace(STILL, erasing=0.25, erasing_size=0.5)
+    erased = augment(full, config, seeded()) == 0
+    holes = erased.sum(dim=(1, 2, 3))
+    assert 0.15 < (holes > 0).float().mean() < 0.32 and holes.max() <= 17 * 17
+
+
+def test_all_geometry_is_one_resampling(monkeypatch):
+    calls, real = [], script.F.grid_sample
+    monkeypatch.setattr(script.F, "grid_sample", lambda *args, **options: calls.append(1) or real(*args, **options))
+    augment(pages(), STRONG, seeded())
+    assert calls == [1]
+    assert np.isfinite(augment(pages(), STRONG, seeded()).numpy()).all()

@@ -1,0 +1,148 @@
+"""Room 11: the real command, end to end, on a small competition whose labels have gaps."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import script
+from conftest import CLASSES, QUICK, REPOSITORY, Command, make_competition
+
+OUTPUTS = {"best_model.pth", "submission.csv", "class_distribution.png", "history.csv", "run.json"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run of the real command that learns its competition, with its output."""
+    folder = tmp_path_factory.mktemp("finished")
+    command = Command(make_competition(folder / "competition"), folder / "out", folder / "cache")
+    done = command("--num-epochs", "8", "--batch-size", "16", "--image-size", "16")
+    assert done.returncode == 0, done.stderr
+    return command, done
+
+
+def test_a_run_writes_everything_and_learns(finished):
+    command, done = finished
+    assert set(os.listdir(command.output)) == OUTPUTS
+    test = pd.read_csv(command.data / "test.csv", dtype=str)
+    submission = command.submission()
+    assert submission.columns.tolist() == ["example_id", "label"]
+    assert submission.example_id.tolist() == test.example_id.tolist()
+    truth = [CLASSES[(100 + row) % 5] for row in range(30)]  # as make_competition draws them
+    assert np.mean(submission.label == truth) >= 0.8
+    history = pd.read_csv(command.output / "history.csv")
+    assert len(history) == 8 and history.val_accuracy.between(0, 1).all()
+    assert "Traceback" not in done.stderr and done.stderr == ""
+
+
+def test_the_log_says_what_a_person_wants_to_know(finished):
+    _, done = finished
+    for text in ("device cpu", "100 labelled images of 5 classes, 20 to 20 a class (imbalance 1.0 to 1)",
+                 "model cnn (auto: the choice for cpu)", "MathSymbolCNN, 2.64 million parameters", "black on white",
+                 "90 rows to train on, 10 to validate on, 30 to predict", "epoch   8/8", "per class", "total time"):
+        assert text in done.stdout, text
+
+
+def test_the_record_holds_settings_versions_and_device(finished):
+    command, _ = finished
+    record = json.loads((command.output / "run.json").read_text())
+    checkpoint = torch.load(command.output / "best_model.pth", weights_only=True)
+    assert record["config"] == checkpoint["config"] and record["config"]["model"] == "cnn"
+    assert record["config"]["batch_size"] == 16 and record["config"]["num_epochs"] == 8
+    assert record["versions"]["torch"] == torch.__version__ and record["device"].startswith("cpu")
+    assert checkpoint["classes"] == CLASSES and record["metrics"] == checkpoint["metrics"]
+
+
+def test_predict_gives_the_same_submission(finished, tmp_path):
+    command, _ = finished
+    again = Command(command.data, tmp_path / "out", command.cache)
+    done = again("predict", str(command.output / "best_model.pth"))
+    assert done.returncode == 0, done.stderr
+    assert again.submission().equals(command.submission())
+    assert "decoded" not in done.stdout  # the run before left them in the cache
+    twice = again("predict", *[str(command.output / "best_model.pth")] * 2)
+    assert "the mean of 2 networks" in twice.stdout and again.submission().equals(command.submission())
+
+
+def test_permuting_the_test_table_permutes_the_submission(finished, tmp_path):
+    command, _ = finished
+    test = pd.read_csv(command.data / "test.csv", dtype=str).sample(frac=1, random_state=1)
+    test.to_csv(tmp_path / "test.csv", index=False)
+    again = Command(command.data, tmp_path / "out", command.cache)
+    done = again("predict", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "test.csv"))
+    assert done.returncode == 0, done.stderr
+    straight = command.submission().set_index("example_id").label
+    assert again.submission().example_id.tolist() == test.example_id.tolist()
+    assert again.submission().set_index("example_id").label.to_dict() == straight.to_dict()
+
+
+def test_two_runs_with_one_seed_give_the_same_files(command, tmp_path):
+    texts = []
+    for seed in ("1", "1", "2"):
+        assert command(*QUICK, "--seed", seed).returncode == 0
+        history = pd.read_csv(command.output / "history.csv").drop(columns="seconds")
+        texts.append((command.output / "submission.csv").read_text() + history.to_csv())
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_labels_come_back_as_they_were_written(tmp_path):
+    classes = ["007", "NA", "\\frac{a}{b}, c", "7", "β"]
+    command = Command(make_competition(tmp_path / "competition", classes=classes), tmp_path / "out", tmp_path / "cache")
+    done = command(*QUICK, "--num-epochs", "6")
+    assert done.returncode == 0, done.stderr
+    assert set(command.submission().label) <= set(classes) and command.submission().label.nunique() >= 3
+
+
+def test_a_read_only_data_folder_is_fine(command):
+    """Nothing is written there: permissions do not bind every user, so the folders' contents are compared too."""
+    folders = [folder for folder, _, _ in os.walk(command.data)]
+    before = {folder: sorted(os.listdir(folder)) for folder in folders}
+    for folder in folders:
+        os.chmod(folder, 0o555)
+    done = command(*QUICK)
+    for folder in folders:
+        os.chmod(folder, 0o755)
+    assert done.returncode == 0, done.stderr
+    assert {folder: sorted(os.listdir(folder)) for folder in folders} == before
+
+
+def test_without_folders_the_working_folder_is_read_and_written(command):
+    done = subprocess.run([sys.executable, str(REPOSITORY / "script.py"), *QUICK, "--cache-dir", str(command.cache)],
+                          cwd=command.data, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert set(os.listdir(command.data)) >= OUTPUTS
+
+
+def test_training_on_all_rows_keeps_the_last_epoch(main_in_process, command):
+    status, out, _ = main_in_process(*QUICK, "--train-val-split", "1")
+    assert status == 0 and "100 rows to train on, 0 to validate on" in out
+    assert script.load_checkpoint(command.output / "best_model.pth").metrics["epoch"] == 2
+    assert pd.read_csv(command.output / "history.csv").val_loss.isna().all()
+
+
+def test_the_classic_preset_runs(main_in_process, command):
+    status, _, error = main_in_process("--preset", "classic", "--num-epochs", "1", "--image-size", "16")
+    assert status == 0, error
+    config = script.load_checkpoint(command.output / "best_model.pth").config
+    assert (config.batch_size, config.learning_rate, config.schedule, config.mixup) == (32, 3e-4, "plateau", True)
+
+
+def test_the_time_limit_ends_in_a_submission(command):
+    started = script.time.monotonic()
+    done = command("--max-minutes", "0.25", "--num-epochs", "100000", "--batch-size", "16", "--image-size", "16")
+    assert done.returncode == 0, done.stderr
+    assert len(command.submission()) == 30 and script.time.monotonic() - started < 60  # the limit is 15 s and the start
+
+
+def test_interruption_is_one_line_and_status_130(main_in_process, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "train", interrupt)
+    status, _, error = main_in_process(*QUICK)
+    assert status == 130 and error.startswith("stopped; ")

@@ -1,0 +1,82 @@
+"""Rooms 9 and 10: probabilities, ensembles, the submission, the pictures."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import script
+from script import Config, DataError, ImageStatistics, Labels, MathSymbolDataset, Trained
+
+CPU = script.start_runtime(Config(device="cpu", precision="float32"))
+CONFIG = Config(model="cnn", image_size=8, dropout=0.2)
+
+
+def dataset(rows: int = 23) -> MathSymbolDataset:
+    return MathSymbolDataset(np.random.default_rng(0).integers(0, 256, (rows, 1, 8, 8), dtype=np.uint8), None, CPU)
+
+
+def member(seed: int, classes: list[str], **settings) -> Trained:
+    config = dataclasses.replace(CONFIG, seed=seed, **settings)
+    return Trained(script.build_model(config, len(classes)), config, Labels(classes), ImageStatistics(255, 8), {})
+
+
+def test_probabilities_stand_where_their_rows_do():
+    model, data = script.build_model(CONFIG, 5), dataset()
+    whole = script.predict(model, data, np.arange(23), 8, 100, CPU)
+    assert whole.shape == (23, 5) and np.allclose(whole.sum(axis=1), 1, atol=1e-5)
+    rows = np.random.default_rng(1).permutation(23)
+    for batch_size in (1, 4, 23):
+        assert np.allclose(script.predict(model, data, rows, 8, batch_size, CPU), whole[rows], atol=1e-6)
+
+
+def test_a_network_without_numbers_is_an_error():
+    model = script.build_model(CONFIG, 5)
+    torch.nn.init.constant_(model.head[1].weight, float("nan"))
+    with pytest.raises(DataError, match="training diverged"):
+        script.predict(model, dataset(), np.arange(23), 8, 10, CPU)
+
+
+def test_an_ensemble_is_the_mean_of_its_members_by_class_name():
+    first, second = member(0, ["1", "2", "3"]), member(1, ["3", "1", "2"], image_size=12)
+    data, alone = dataset(), {}
+    for trained in (first, second):
+        alone[trained.config.seed] = script.ensemble_predict([trained], [data], 10, CPU)
+    both = script.ensemble_predict([first, second], [data, data], 10, CPU)
+    assert np.allclose(both, (alone[0] + alone[1][:, [1, 2, 0]]) / 2, atol=1e-6)
+    with pytest.raises(DataError, match=r"different classes \(3, 4\)"):
+        script.ensemble_predict([first, member(0, ["1", "2", "4"])], [data, data], 10, CPU)
+
+
+def test_the_submission_keeps_ids_order_and_text(tmp_path):
+    ids, labels = ["10", "a,b", "007", "NA", "ü"], ["\\frac{a}{b}", "007", "NA", 'quote"d', "x,y"]
+    script.write_submission(tmp_path / "submission.csv", pd.Series(ids), labels)
+    written = pd.read_csv(tmp_path / "submission.csv", dtype=str, na_filter=False)
+    assert written.columns.tolist() == ["example_id", "label"]
+    assert written.example_id.tolist() == ids and written.label.tolist() == labels
+
+
+def test_a_submission_that_does_not_read_back_keeps_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "submission.csv"
+    path.write_text("old")
+    monkeypatch.setattr(pd.DataFrame, "to_csv", lambda self, name, **_: name.write_text("example_id,label\n1,2\n"))
+    with pytest.raises(DataError, match="does not read back"):
+        script.write_submission(path, pd.Series(["1", "3"]), ["2", "4"])
+    assert path.read_text() == "old"
+
+
+def test_pictures_show_symbols_where_they_can_be_drawn():
+    texts = script.symbol_texts(["31", "82", "5", "$x"], {"31": "A", "82": r"\alpha", "5": r"\mathds{1}"})
+    assert texts == ["$A$", r"$\alpha$", "5", r"\$x"]
+
+
+@pytest.mark.parametrize("classes", [2, 44, 369])
+def test_the_class_distribution_is_drawn(tmp_path, classes):
+    path, labels = tmp_path / "class_distribution.png", Labels([str(number) for number in range(classes)])
+    targets = np.repeat(np.arange(classes), np.arange(classes) % 40 + 1)
+    script.plot_class_distribution(path, labels, targets, {"1": r"\pi"})
+    image = np.asarray(Image.open(path).convert("RGB"))
+    assert image.shape[0] > 400 and (image == [0x44, 0x77, 0xaa]).all(axis=2).mean() > 0.02  # bars

@@ -1,0 +1,236 @@
+"""Rooms 6 to 8: loss, metrics, checkpoints and the training loop."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import script
+from script import Config, DataError, ImageStatistics, Labels, Learner, MathSymbolDataset, Pace, TrainingData
+
+CPU = script.start_runtime(Config(device="cpu", precision="float32"))
+SMALL = Config(model="cnn", image_size=8, batch_size=8, num_epochs=3, learning_rate=3e-3, dropout=0.1, precision="float32",
+               average_decay=0.9)
+
+
+def small_data(rows: int = 40, classes: int = 4, seed: int = 0) -> TrainingData:
+    """Bars at the place that their class says, with noise."""
+    rng = np.random.default_rng(seed)
+    targets = np.arange(rows) % classes
+    images = rng.integers(0, 60, (rows, 1, 8, 8), dtype=np.uint8)
+    images[np.arange(rows), 0, targets * 2] = 255
+    train, val = script.split_rows(targets, Config(train_val_split=0.8))
+    labels = Labels([str(10 * number) for number in range(classes)])
+    return TrainingData(MathSymbolDataset(images, targets, CPU), targets, labels, ImageStatistics(255, 8), train, val)
+
+
+def test_mixup_blends_images_and_targets_alike():
+    images, targets = torch.eye(6).view(6, 1, 6, 1), torch.eye(6)
+    mixed_images, mixed_targets = script.mixup_data(images, targets, alpha=0.4, seed=3)
+    assert torch.allclose(mixed_images.view(6, 6), mixed_targets)
+    assert torch.allclose(mixed_targets.sum(dim=1), torch.ones(6))
+    again = script.mixup_data(images, targets, alpha=0.4, seed=3)[0]
+    assert torch.equal(mixed_images, again)
+    larger = [script.mixup_data(images, targets, 0.4, seed)[1].amax(dim=1).min() for seed in range(300)]
+    assert 0.81 < np.mean(larger) < 0.87  # max(l, 1 - l) of Beta(0.4, 0.4) is 0.839 in the mean; a row may meet itself
+
+
+def test_score_against_figures_by_hand():
+    probabilities = np.array([[0.8, 0.2, 0.0], [0.6, 0.4, 0.0], [0.1, 0.9, 0.0], [0.7, 0.3, 0.0]])
+    figures = script.score(probabilities, np.array([0, 0, 1, 1]))
+    assert figures["val_loss"] == pytest.approx(-np.log([0.8, 0.6, 0.9, 0.3]).mean())
+    assert figures["val_accuracy"] == 0.75 and figures["val_class_accuracy"] == 0.75
+    uneven = script.score(probabilities, np.array([0, 0, 0, 1]))
+    assert uneven["val_accuracy"] == 0.5 and uneven["val_class_accuracy"] == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(("rows", "batch"), [(40, 8), (41, 8), (3, 2), (7, 100), (2, 2), (1000, 128)])
+def test_an_epoch_holds_every_row_once_and_no_step_of_one(rows, batch):
+    config = Config(batch_size=batch)
+    steps = script.epoch_steps(np.arange(rows), config, epoch=1)
+    assert sorted(np.concatenate(steps)) == list(range(rows)) and len(steps) == script.steps_in_epoch(np.arange(rows), config)
+    assert min(map(len, steps)) >= 2 and max(map(len, steps)) <= max(batch, 3)
+    assert not np.array_equal(np.concatenate(steps), np.concatenate(script.epoch_steps(np.arange(rows), config, 2))) \
+        or rows < 4
+
+
+def test_the_schedule_warms_up_and_falls_to_nothing():
+    config = Config(warmup=0.2)
+    factors = [script.schedule_factor(config, progress) for progress in np.linspace(0, 1, 101)]
+    assert factors[0] <= 1e-3 and factors[20] == 1.0 and factors[100] <= 1e-3
+    assert np.all(np.diff(factors[:21]) > 0) and np.all(np.diff(factors[20:]) < 0)
+    assert script.schedule_factor(Config(schedule="constant", warmup=0.0), 0.7) == 1.0
+    assert all(math.isfinite(script.schedule_factor(Config(warmup=1.0), progress)) for progress in (0, 0.5, 1))
+
+
+def test_the_pace_is_by_steps_or_by_the_clock(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(script.time, "monotonic", lambda: clock[0])
+    unlimited, limited = Pace(10), Pace(1000, seconds=20)
+    clock[0] += 5
+    assert unlimited.progress(4) == 0.4 and limited.progress(4) == 0.25
+    clock[0] += 50
+    assert unlimited.progress(10) == 1 and limited.progress(5) == 1
+
+
+def test_averaged_weights_follow_a_decay_that_warms_up():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1))
+    average = script.AveragedWeights(model, decay=0.5)
+    expected = model[0].weight.detach().clone()
+    for step in range(12):
+        with torch.no_grad():
+            model[0].weight += 1
+            model[1].running_mean += 1
+        average.update(step)
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model[0].weight.detach()
+    assert torch.allclose(average.model[0].weight, expected)
+    assert 10.5 < average.model[1].running_mean.item() < 12 and not average.model[0].weight.requires_grad
+
+
+def test_training_learns_and_writes_its_history(tmp_path, capsys):
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=10, augment=False)
+    history = script.fit(config, small_data(), CPU)
+    assert history.columns.tolist() == script.HISTORY_COLUMNS
+    written = pd.read_csv(tmp_path / "history.csv")
+    pd.testing.assert_frame_equal(written, history)
+    assert history.val_accuracy.iloc[-1] >= 0.75 and history.train_loss.iloc[-1] < history.train_loss.iloc[0]
+    best = script.load_checkpoint(tmp_path / "best_model.pth")
+    assert best.metrics["val_accuracy"] == history.val_accuracy.max()
+    assert best.metrics["epoch"] == history.val_accuracy.idxmax() + 1  # the first of equals
+    assert best.config == config and best.labels.classes == ["0", "10", "20", "30"]
+    assert capsys.readouterr().out.count("epoch ") == 10
+
+
+def test_select_by_loss_and_no_validation_rows(tmp_path):
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=6, select_by="loss")
+    history = script.fit(config, small_data(), CPU)
+    assert script.load_checkpoint(tmp_path / "best_model.pth").metrics["val_loss"] == history.val_loss.min()
+    everything = dataclasses.replace(small_data(), train_rows=np.arange(40), val_rows=np.array([], dtype=np.int64))
+    history = script.fit(config, everything, CPU)
+    assert history.val_loss.isna().all()
+    assert script.load_checkpoint(tmp_path / "best_model.pth").metrics["epoch"] == 6
+
+
+def test_plateau_lowers_the_rate_when_accuracy_stands_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "validate", lambda *_: {"val_loss": 1.0, "val_accuracy": 0.5, "val_class_accuracy": 0.5})
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=6, schedule="plateau", plateau_patience=1)
+    rates = script.fit(config, small_data(), CPU).learning_rate
+    assert rates.tolist() == pytest.approx([3e-3, 3e-3, 3e-3, 1.5e-3, 1.5e-3, 7.5e-4])
+
+
+@pytest.mark.parametrize("settings", [{}, {"mixup": True}, {"max_grad_norm": 0.0}, {"average_decay": 0.0},
+                                      {"augment": False}, {"precision": "bf16"}, {"model": "resnet"}])
+def test_two_fits_with_one_seed_are_equal_bit_for_bit(tmp_path, settings):
+    runtime = dataclasses.replace(CPU, precision=settings.get("precision", "float32"))
+    weights = []
+    for number in range(2):
+        config = dataclasses.replace(SMALL, output_dir=str(tmp_path / str(number)), num_epochs=1, **settings)
+        (tmp_path / str(number)).mkdir()
+        torch.manual_seed(number)  # what the caller did to the global generator must not matter
+        script.fit(config, small_data(16), runtime)
+        weights.append(script.load_checkpoint(tmp_path / str(number) / "best_model.pth").model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_gradients_are_clipped_and_small_weights_not_decayed():
+    learner = Learner(dataclasses.replace(SMALL, max_grad_norm=1.0), 4, CPU)
+    learner.descend(sum((weight * 100).sum() for weight in learner.model.parameters()), progress=0.5)
+    norm = torch.stack([weight.grad.norm() for weight in learner.model.parameters()]).norm()
+    assert norm.item() == pytest.approx(1.0, abs=1e-3)
+    decays = {group["weight_decay"]: {weight.ndim for weight in group["params"]} for group in learner.optimizer.param_groups}
+    assert decays == {0.01: {2, 4}, 0.0: {1}}
+
+
+def test_several_gpus_keep_plain_names(monkeypatch):
+    learner = Learner(SMALL, 4, dataclasses.replace(CPU, gpus=2))
+    assert isinstance(learner.parallel, torch.nn.DataParallel)
+    assert not any(name.startswith("module.") for name in learner.result.state_dict())
+
+
+def test_no_host_synchronisation_in_a_step(monkeypatch):
+    """A step reads nothing back from the device: no item(), tolist(), cpu() or truth value of a tensor."""
+    learner, data = Learner(SMALL, 4, CPU), small_data()
+    batch = data.dataset.batch(np.arange(8))
+    learner.learn(*batch, epoch=1, progress=0.1)  # the optimizer reads its fresh state once
+
+    def forbidden(*_):
+        raise AssertionError("a step waits for the device")
+
+    for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, forbidden)
+    learner.learn(*batch, epoch=1, progress=0.2)
+
+
+def test_time_for_training_is_what_the_rest_leaves():
+    data = small_data()
+    started = script.time.monotonic()
+    assert script.seconds_to_train(SMALL, data, 10, CPU, started) == math.inf
+    limited = dataclasses.replace(SMALL, max_minutes=1.0)
+    assert 40 < script.seconds_to_train(limited, data, 10, CPU, started) < 56
+    with pytest.raises(DataError, match="leaves no time to train"):
+        script.seconds_to_train(limited, data, 10, CPU, started - 58)
+
+
+def test_training_ends_with_its_time(tmp_path):
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=100_000)
+    started = script.time.monotonic()
+    history = script.fit(config, small_data(), CPU, seconds=3)
+    assert script.time.monotonic() - started < 10
+    assert history.learning_rate.iloc[-1] < 1e-4 < history.learning_rate.max()  # the schedule was run through
+
+
+def checkpoint(tmp_path, **content):
+    """A whole checkpoint, with some of its entries replaced."""
+    path = tmp_path / "model.pth"
+    config = SMALL
+    model = script.build_model(config, 3)
+    script.save_checkpoint(path, model, config, Labels(["1", "2", "NA"]), ImageStatistics(0, 8), {"epoch": 1})
+    torch.save({**torch.load(path, weights_only=True), **content}, path)
+    return path, model
+
+
+def test_a_checkpoint_holds_all_that_prediction_needs(tmp_path):
+    path, model = checkpoint(tmp_path)
+    content = torch.load(path, weights_only=True)
+    assert set(content) == script.CHECKPOINT_KEYS and set(content["config"]) == set(dataclasses.asdict(SMALL))
+    assert {"torch", "python", "numpy"} <= content["versions"].keys()
+    trained = script.load_checkpoint(path)
+    assert trained.config == SMALL and trained.labels.classes == ["1", "2", "NA"]
+    assert trained.statistics == ImageStatistics(0, 8)
+    images = torch.rand(2, 1, 8, 8)
+    assert torch.equal(trained.model.eval()(images), model.eval()(images))
+
+
+class Payload:
+    """What unpickling must never run."""
+
+    def __reduce__(self):
+        return (print, ("payload",))
+
+
+def test_checkpoints_that_are_none_are_refused(tmp_path, capsys):
+    path = tmp_path / "bad.pth"
+    with pytest.raises(DataError, match=r"bad.pth: no such checkpoint"):
+        script.load_checkpoint(path)
+    for content in (b"", b"text", checkpoint(tmp_path)[0].read_bytes()[:2000]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"bad.pth: not a readable checkpoint"):
+            script.load_checkpoint(path)
+    torch.save({"model": Payload()}, path)
+    with pytest.raises(DataError, match=r"bad.pth: not a readable checkpoint"):
+        script.load_checkpoint(path)
+    torch.save(script.build_model(SMALL, 3).state_dict(), path)
+    with pytest.raises(DataError, match="not a checkpoint of script.py"):
+        script.load_checkpoint(path)
+    assert "payload" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [{"classes": ["1", "2"]}, {"config": {"model": "resnet", "dropout": 0.1}},
+                                     {"config": {"model": "vgg"}}, {"image_statistics": {"paper": 0}}])
+def test_checkpoints_that_do_not_fit_together_are_refused(tmp_path, content):
+    with pytest.raises(DataError, match="does not fit together"):
+        script.load_checkpoint(checkpoint(tmp_path, **content)[0])
