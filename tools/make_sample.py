@@ -44,14 +44,14 @@ def glyph(latex: str, typeface: str) -> Path:
 
 def bend(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Points [N, 2] in -1..1 after a hand's slant, rotation, proportions, elastic warp and jitter."""
-    angle, slant = np.radians(rng.normal(0, 6)), rng.normal(0, 0.12)
+    angle, slant = np.radians(rng.normal(0, 9)), rng.normal(0, 0.2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    points = points @ np.array([[1, 0], [slant, 1]]) @ turn.T * rng.uniform(0.85, 1.15, size=2)
+    points = points @ np.array([[1, 0], [slant, 1]]) @ turn.T * rng.uniform(0.75, 1.25, size=2)
     for length in (2.5, 1.2, 0.7):  # waves across the page, the shorter the weaker
         wave = rng.normal(0, 1, (2, 2)) * np.pi / length
         phase = rng.uniform(0, 2 * np.pi, 2)
-        points = points + rng.normal(0, 0.035 * length, 2) * np.sin(points @ wave.T + phase)
-    return points + rng.normal(0, 0.006, points.shape)
+        points = points + rng.normal(0, 0.05 * length, 2) * np.sin(points @ wave.T + phase)
+    return points + rng.normal(0, 0.008, points.shape)
 
 
 def draw(path: Path, width: float) -> np.ndarray:
