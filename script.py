@@ -38,6 +38,7 @@ import os
 import platform
 import re
 import sys
+import tempfile
 import time
 import types
 import typing
@@ -341,7 +342,7 @@ def best_precision(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a run's result depends on."""
-    packages = ("torchvision", "numpy", "pandas", "scikit-learn", "pillow")
+    packages = ("numpy", "pandas", "pillow", "matplotlib")
     source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
     return {"python": platform.python_version(), "script_sha256": source, "torch": str(torch.__version__),
             **{package: metadata.version(package) for package in packages}}
@@ -365,14 +366,12 @@ def whole_file(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def check_output_dir(config: Config) -> Path:
+def output_folder(config: Config) -> Path:
     """The output folder, made if need be; raises DataError before any work if it cannot be written to."""
     folder = Path(config.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with whole_file(folder / ".writable") as temporary:
-            temporary.touch()
-        (folder / ".writable").unlink()
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}); name another --output-dir") from None
     return folder
@@ -454,28 +453,22 @@ def read_test_table(config: Config) -> pd.DataFrame:
     return table
 
 
-class Labels:
-    """The table's labels, as text, in a fixed order, and their class numbers 0..K-1."""
+def sort_classes(labels: pd.Series) -> list[str]:
+    """The distinct labels: whole numbers first and by size, then the others by their characters."""
+    def order(label: str):
+        return (0, int(label), label) if re.fullmatch(r"-?[0-9]{1,18}", label) else (1, 0, label)
 
-    def __init__(self, classes: list[str]):
-        self.classes = list(classes)
-        self.number = {label: number for number, label in enumerate(self.classes)}
+    return sorted(labels.unique(), key=order)
 
-    @classmethod
-    def fit(cls, labels: pd.Series) -> "Labels":
-        """The distinct labels, whole numbers first and by size, then the others by their characters."""
-        def order(label: str):
-            return (0, int(label), label) if re.fullmatch(r"-?[0-9]{1,18}", label) else (1, 0, label)
 
-        return cls(sorted(labels.unique(), key=order))
+def encode_labels(labels: pd.Series, classes: list[str]) -> np.ndarray:
+    """The place of each label in classes: class numbers 0..K-1, int64 [rows]."""
+    return pd.Categorical(labels, categories=classes).codes.astype(np.int64)
 
-    def encode(self, labels: pd.Series) -> np.ndarray:
-        """Class numbers, int64 [rows]."""
-        return labels.map(self.number).to_numpy(np.int64)
 
-    def decode(self, numbers: np.ndarray) -> list[str]:
-        """Labels as they were written."""
-        return [self.classes[number] for number in numbers]
+def decode_labels(numbers: np.ndarray, classes: list[str]) -> list[str]:
+    """Labels as they were written."""
+    return [classes[number] for number in numbers]
 
 
 SMALLEST_CLASS_TO_SPLIT = 4
@@ -497,10 +490,10 @@ def split_rows(targets: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndar
     return np.setdiff1d(np.arange(len(targets)), val_rows), val_rows
 
 
-def describe_classes(labels: Labels, targets: np.ndarray) -> str:
+def describe_classes(classes: list[str], targets: np.ndarray) -> str:
     """One line: how many classes, how unevenly filled, and which are too small to be validated."""
-    counts = np.bincount(targets, minlength=len(labels.classes))
-    small = labels.decode(np.flatnonzero(counts < SMALLEST_CLASS_TO_SPLIT))
+    counts = np.bincount(targets, minlength=len(classes))
+    small = decode_labels(np.flatnonzero(counts < SMALLEST_CLASS_TO_SPLIT), classes)
     text = (f"{len(targets):,} labelled images of {len(counts)} classes, {counts.min():,} to {counts.max():,} a class "
             f"(imbalance {counts.max() / counts.min():.1f} to 1)")
     if small:
@@ -548,7 +541,8 @@ def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
     if "exif" in image.info:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip
-        return (np.asarray(image, dtype=np.int64) // 257).clip(0, 255).astype(np.uint8), None
+        deep = np.asarray(image, dtype=np.int64)
+        return (deep // (257 if deep.max() > 255 else 1)).clip(0, 255).astype(np.uint8), None
     if "A" in image.getbands() or "transparency" in image.info:
         grey, alpha = image.convert("RGBA").convert("LA").split()
         return np.asarray(grey), np.asarray(alpha)
@@ -570,7 +564,7 @@ def to_ink(grey: np.ndarray, alpha: np.ndarray | None, statistics: ImageStatisti
     size, (height, width) = statistics.size, ink.shape
     if height == width == size:
         return ink
-    fitted = [max(1, round(side * size / max(height, width))) for side in (width, height)]  # ImageOps.pad drops thin ones
+    fitted = [max(1, round(side * size / max(height, width))) for side in (width, height)]
     page = Image.new("L", (size, size), 0)
     page.paste(Image.fromarray(ink).resize(fitted, Image.Resampling.BILINEAR),
                ((size - fitted[0]) // 2, (size - fitted[1]) // 2))
@@ -983,12 +977,12 @@ def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 CHECKPOINT_KEYS = {"model", "config", "classes", "image_statistics", "metrics", "versions"}
 
 
-def save_checkpoint(path: Path, model: nn.Module, config: Config, labels: Labels, statistics: ImageStatistics,
+def save_checkpoint(path: Path, model: nn.Module, config: Config, classes: list[str], statistics: ImageStatistics,
                     metrics: dict) -> None:
     """Write all that prediction needs: plain weights, settings, classes, and how images are prepared."""
     content = {
         "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
-        "config": dataclasses.asdict(config), "classes": labels.classes,
+        "config": dataclasses.asdict(config), "classes": classes,
         "image_statistics": dataclasses.asdict(statistics), "metrics": metrics, "versions": versions(),
     }
     with whole_file(path) as temporary:
@@ -1001,7 +995,7 @@ class Trained:
 
     model: nn.Module
     config: Config
-    labels: Labels
+    classes: list[str]
     statistics: ImageStatistics
     metrics: dict
 
@@ -1026,7 +1020,7 @@ def load_checkpoint(path: Path) -> Trained:
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path}: the checkpoint does not fit together "
                         f"({first_line(error)})") from None
-    return Trained(model, config, Labels(content["classes"]), statistics, content["metrics"])
+    return Trained(model, config, content["classes"], statistics, content["metrics"])
 
 
 # ======================================================================================================================
@@ -1040,7 +1034,7 @@ class TrainingData:
 
     dataset: MathSymbolDataset
     targets: np.ndarray
-    labels: Labels
+    classes: list[str]
     statistics: ImageStatistics
     train_rows: np.ndarray
     val_rows: np.ndarray
@@ -1202,7 +1196,7 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
     `seconds` training ends; the schedule is laid over the time there is.
     """
     folder = Path(config.output_dir)
-    learner = Learner(config, len(data.labels.classes), runtime)
+    learner = Learner(config, len(data.classes), runtime)
     print(summarize_model(learner.model, config.image_size))
     pace = Pace(config.num_epochs * steps_in_epoch(data.train_rows, config), seconds)
     history, best = [], None
@@ -1221,7 +1215,7 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
         if best is None or is_better(row, best, config):
             best = row
             metrics = {name: value for name, value in row.items() if name != "images"}
-            save_checkpoint(folder / "best_model.pth", learner.result, config, data.labels, data.statistics, metrics)
+            save_checkpoint(folder / "best_model.pth", learner.result, config, data.classes, data.statistics, metrics)
         with whole_file(folder / "history.csv") as temporary:
             pd.DataFrame(history).reindex(columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
         if pace.progress(learner.step) >= 1:
@@ -1230,12 +1224,10 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
 
 
 def is_better(row: dict, best: dict, config: Config) -> bool:
-    """Whether an epoch beats the best so far; without validation rows the last one does."""
-    if "val_loss" not in row:
-        return True
-    if config.select_by == "loss":
-        return row["val_loss"] < best["val_loss"]
-    return row["val_accuracy"] > best["val_accuracy"]
+    """Whether an epoch beats the best so far, equal accuracies by their loss; without validation the last one does."""
+    if "val_loss" not in row or config.select_by == "loss":
+        return "val_loss" not in row or row["val_loss"] < best["val_loss"]
+    return (row["val_accuracy"], -row["val_loss"]) > (best["val_accuracy"], -best["val_loss"])
 
 
 def describe_epoch(row: dict, epochs: int, images_per_second: float) -> str:
@@ -1255,7 +1247,7 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     """
     if not config.max_minutes:
         return math.inf
-    model = build_model(config, len(data.labels.classes)).to(runtime.device)
+    model = build_model(config, len(data.classes)).to(runtime.device)
     rows = data.train_rows[: config.eval_batch_size]
     for _ in range(2):  # the first is slowed by set-up
         begun = time.monotonic()
@@ -1299,15 +1291,15 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
 
     Each member has its own dataset of the same rows. Raises DataError where their classes differ.
     """
-    classes, total = members[0].labels.classes, 0
+    classes, total = members[0].classes, 0
     for member, dataset in zip(members, datasets):
-        differing = set(classes) ^ set(member.labels.classes)
+        differing = set(classes) ^ set(member.classes)
         if differing:
             raise DataError(f"the checkpoints know different classes ({', '.join(sorted(differing)[:5])}); "
                             "average networks that were trained on the same ones")
         probabilities = predict(member.model.to(runtime.device), dataset, np.arange(len(dataset)),
                                 member.config.image_size, batch_size, runtime)
-        total = total + probabilities[:, [member.labels.number[label] for label in classes]]
+        total = total + probabilities[:, [member.classes.index(label) for label in classes]]
     return total / len(members)
 
 
@@ -1330,40 +1322,39 @@ def symbol_texts(classes: list[str], symbols: dict[str, str]) -> list[str]:
     """What to call each class in a picture: its symbol where matplotlib can draw it, else its label."""
     from matplotlib.mathtext import MathTextParser
 
-    parser = MathTextParser("path")
-
-    def text(label: str) -> str:
+    parser, texts = MathTextParser("path"), []
+    for label in classes:
         try:
-            formula = f"${symbols[label]}$"
-            parser.parse(formula)
-            return formula
+            parser.parse(f"${symbols[label]}$")
+            texts.append(f"${symbols[label]}$")
         except (KeyError, ValueError):  # a label without LaTeX; LaTeX that mathtext does not know
-            return label.replace("$", r"\$")
+            texts.append(label.replace("$", r"\$"))
+    return texts
 
-    return [text(label) for label in classes]
 
-
-def plot_class_distribution(path: Path, labels: Labels, targets: np.ndarray, symbols: dict[str, str]) -> None:
-    """Bars of the number of labelled images of each class, sorted; where they are many, the ends are named."""
+def plot_class_distribution(path: Path, classes: list[str], targets: np.ndarray, symbols: dict[str, str]) -> None:
+    """Bars of the number of labelled images of each class, sorted; of many classes, sixty are named."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    counts = np.bincount(targets, minlength=len(labels.classes))
+    counts = np.bincount(targets, minlength=len(classes))
     order = np.argsort(-counts, kind="stable")
-    names = symbol_texts([labels.classes[number] for number in order], symbols)
+    shown = np.unique(np.linspace(0, len(order) - 1, min(len(order), 60)).round().astype(int))
+    names = symbol_texts(decode_labels(order[shown], classes), symbols)
     figure, axes = pyplot.subplots(figsize=(14, 5), layout="constrained")
-    axes.bar(range(len(order)), counts[order], width=1 if len(order) > 80 else 0.8, color="#4477aa")
-    axes.set(ylabel="labelled images", xlim=(-0.7, len(order) - 0.3))
-    axes.set_title(f"{counts.sum():,} labelled images of {len(counts)} classes: {counts.min():,} to {counts.max():,} a "
+    axes.bar(range(len(order)), counts[order], width=0.8 if len(order) <= 60 else 1, color="#4477aa")
+    axes.set(ylabel="labelled images", xlim=(-0.7, len(order) - 0.3),
+             xlabel="" if len(order) <= 60 else f"{len(order)} classes by size, {len(shown)} of them named",
+             title=f"{counts.sum():,} labelled images of {len(counts)} classes: {counts.min():,} to {counts.max():,} a "
                    f"class, median {np.median(counts):,.0f}")
-    shown = range(len(order)) if len(order) <= 80 else np.linspace(0, len(order) - 1, 60).round().astype(int)
-    axes.set_xticks(shown, [names[position] for position in shown], fontsize=9,
-                    rotation=90 if max(map(len, names)) > 3 and not symbols else 0)
-    if len(order) > 80:
-        axes.set_xlabel(f"every {len(order) / 60:.0f}th class or so is named")
+    axes.set_xticks(shown, names, fontsize=9)
+    for tick, name in zip(axes.get_xticklabels(), names):
+        tick.set_rotation(90 if len(name) > 2 and not name.startswith("$") else 0)
+    if counts.max() > 20 * counts.min():
         axes.set_yscale("log")
+        axes.set_ylim(bottom=1)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     pyplot.close(figure)
@@ -1377,9 +1368,9 @@ def plot_class_distribution(path: Path, labels: Labels, targets: np.ndarray, sym
 def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, pd.DataFrame, MathSymbolDataset]:
     """Read and check everything before any training: the complete config, training data, test table and images."""
     train_table, test_table = read_train_table(config), read_test_table(config)
-    labels = Labels.fit(train_table.label)
-    targets = labels.encode(train_table.label)
-    print(describe_classes(labels, targets))
+    classes = sort_classes(train_table.label)
+    targets = encode_labels(train_table.label, classes)
+    print(describe_classes(classes, targets))
     train_rows, val_rows = split_rows(targets, config)
     config = complete_config(config, runtime, len(train_rows))
     root = Path(config.data_dir, config.root_dir)
@@ -1388,31 +1379,32 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData
     dataset = MathSymbolDataset(train_images, targets, runtime, config.pin_memory)
     print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on, {len(test_table):,} to predict; "
           f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels")
-    return (config, TrainingData(dataset, targets, labels, statistics, train_rows, val_rows), test_table,
+    return (config, TrainingData(dataset, targets, classes, statistics, train_rows, val_rows), test_table,
             MathSymbolDataset(test_images, None, runtime, config.pin_memory))
 
 
 def run(config: Config, started: float) -> None:
     """Train, predict, write the submission."""
-    folder, asked = check_output_dir(config), config.model
+    folder, asked = output_folder(config), config.model
     runtime = start_runtime(config)
     print(f"device {runtime.describe()}")
     symbols = read_symbols(config)
     config, data, test_table, test_dataset = prepare_data(config, runtime)
     print(f"model {config.model}" + (f" (auto: the choice for {runtime.device.type})" if asked == "auto" else ""))
-    plot_class_distribution(folder / "class_distribution.png", data.labels, data.targets, symbols)
+    plot_class_distribution(folder / "class_distribution.png", data.classes, data.targets, symbols)
     seconds = seconds_to_train(config, data, len(test_table), runtime, started)
     history = fit(config, data, runtime, seconds)
     best = load_checkpoint(folder / "best_model.pth")
     probabilities = ensemble_predict([best], [test_dataset], config.eval_batch_size, runtime)
-    write_submission(folder / "submission.csv", test_table.example_id, data.labels.decode(probabilities.argmax(axis=1)))
+    predicted = decode_labels(probabilities.argmax(axis=1), data.classes)
+    write_submission(folder / "submission.csv", test_table.example_id, predicted)
     write_run_record(folder / "run.json", "run", config, runtime, best.metrics, started)
     print(describe_result(folder, best.metrics, history, started))
 
 
 def predict_command(config: Config, checkpoints: list[str], started: float) -> None:
     """Write the submission of one or more checkpoints, their probabilities averaged."""
-    folder = check_output_dir(config)
+    folder = output_folder(config)
     runtime = start_runtime(config)
     paths = [Path(path) for path in checkpoints] or [folder / "best_model.pth"]
     members = [load_checkpoint(path) for path in paths]
@@ -1423,7 +1415,7 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
         datasets[statistics] = MathSymbolDataset(images, None, runtime, config.pin_memory)
     probabilities = ensemble_predict(members, [datasets[member.statistics] for member in members],
                                      config.eval_batch_size, runtime)
-    predicted = members[0].labels.decode(probabilities.argmax(axis=1))
+    predicted = decode_labels(probabilities.argmax(axis=1), members[0].classes)
     write_submission(folder / "submission.csv", table.example_id, predicted)
     print(f"wrote {folder / 'submission.csv'}: {len(table):,} rows, the mean of {len(members)} networks, "
           f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")

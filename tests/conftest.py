@@ -66,9 +66,10 @@ class Command:
                 "--cache-dir", str(self.cache), "--device", "cpu"]
 
     def __call__(self, *arguments: str, **options) -> subprocess.CompletedProcess:
+        timeout = options.pop("timeout", 280)
         command = [sys.executable, str(REPOSITORY / "script.py"), *self.arguments(*arguments)]
         environment = {**os.environ, "OMP_NUM_THREADS": "2", **options.pop("env", {})}
-        return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, **options)
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **options)
 
     def submission(self) -> pd.DataFrame:
         return pd.read_csv(self.output / "submission.csv", dtype=str, na_filter=False)

@@ -30,7 +30,8 @@ def centre(ink: torch.Tensor) -> torch.Tensor:
     """Mean x and y of each image's ink, in -1..1."""
     line = (torch.arange(ink.shape[-1]) * 2 + 1) / ink.shape[-1] - 1
     mass = ink.sum(dim=(1, 2, 3))
-    return torch.stack([(ink * line).sum(dim=(1, 2, 3)), (ink * line[:, None]).sum(dim=(1, 2, 3))], dim=1) / mass[:, None]
+    moments = [(ink * place).sum(dim=(1, 2, 3)) for place in (line, line[:, None])]
+    return torch.stack(moments, dim=1) / mass[:, None]
 
 
 def test_a_blank_page_stays_blank():
@@ -80,12 +81,14 @@ def test_rotation_and_scale_do_what_they_say(monkeypatch):
     angles = torch.rad2deg(torch.atan2(turned[:, 1], turned[:, 0]) - torch.atan2(before[:, 1], before[:, 0]))
     assert angles.abs().max() < 20.5 and angles.min() < -17 and angles.max() > 17
     assert torch.allclose(turned.norm(dim=1), before.norm(dim=1), atol=0.02)
-    grown = centre(augment(pages(200), dataclasses.replace(STILL, scale=0.2), seeded())).norm(dim=1) / before.norm(dim=1)
+    scaled = centre(augment(pages(200), dataclasses.replace(STILL, scale=0.2), seeded()))
+    grown = scaled.norm(dim=1) / before.norm(dim=1)
     assert 0.79 < grown.min() < 0.83 and 1.17 < grown.max() < 1.21
 
 
 def test_shift_is_a_share_of_the_side():
-    moved = centre(augment(pages(200), dataclasses.replace(STILL, shift=0.1), seeded())) - centre(to_input(pages(200), 32))
+    shifted = centre(augment(pages(200), dataclasses.replace(STILL, shift=0.1), seeded()))
+    moved = shifted - centre(to_input(pages(200), 32))
     assert 0.18 < moved.abs().max() < 0.205  # of a span of 2
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import CLASSES, QUICK, REPOSITORY, Command, make_competition
 
 import script
-from conftest import CLASSES, QUICK, REPOSITORY, Command, make_competition
 
 OUTPUTS = {"best_model.pth", "submission.csv", "class_distribution.png", "history.csv", "run.json"}
 

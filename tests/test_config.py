@@ -31,10 +31,7 @@ def another_value(field):
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.name)
 def test_every_flag_round_trips(field):
     value, flag = another_value(field), "--" + field.name.replace("_", "-")
-    if isinstance(value, bool):
-        argv = [flag if value else "--no-" + flag[2:]]
-    else:
-        argv = [flag, str(value)]
+    argv = [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
     _, _, config = parse_command_line(argv)
     assert getattr(config, field.name) == value != field.default
     assert config == dataclasses.replace(Config(), **{field.name: value})
@@ -45,9 +42,9 @@ def test_every_field_has_help_from_its_comment(capsys):
         parse_command_line(["--help"])
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
-    source = inspect.getsource(Config)
+    lines = inspect.getsource(Config).splitlines()
     for field in FIELDS:
-        comment = next(line for line in source.splitlines() if line.strip().startswith(field.name + ":")).split("  # ")[1]
+        comment = next(line for line in lines if line.strip().startswith(field.name + ":")).split("  # ")[1]
         assert f"--{field.name.replace('_', '-')}" in text and " ".join(comment.split()) in text
 
 

@@ -28,13 +28,14 @@ def forms() -> dict[str, Image.Image]:
     grey = Image.fromarray(drawing())
     transparent = Image.merge("LA", (Image.new("L", (32, 32), 0), ImageOps.invert(grey)))
     return {"L": grey, "RGB": grey.convert("RGB"), "RGBA": grey.convert("RGBA"), "LA on nothing": transparent,
-            "RGBA on nothing": transparent.convert("RGBA"), "palette": grey.convert("P"), "1": grey.convert("1", dither=0),
-            "16 bits": Image.fromarray(drawing().astype(np.uint16) * 257), "CMYK": grey.convert("RGB").convert("CMYK")}
+            "RGBA on nothing": transparent.convert("RGBA"), "palette": grey.convert("P"),
+            "1": grey.convert("1", dither=0), "16 bits": Image.fromarray(drawing().astype(np.uint16) * 257),
+            "32 bits": Image.fromarray(drawing().astype(np.int32)), "CMYK": grey.convert("RGB").convert("CMYK")}
 
 
 @pytest.mark.parametrize("form", forms())
 def test_every_mode_gives_the_same_ink(tmp_path, form):
-    path = tmp_path / ("image.tif" if form == "CMYK" else "image.png")
+    path = tmp_path / ("image.tif" if form in ("CMYK", "32 bits") else "image.png")
     forms()[form].save(path)
     grey, alpha = script.read_grey(str(path))
     assert script.paper_of(grey, alpha) == 255

@@ -16,7 +16,8 @@ def test_sizes_at_369_classes():
     assert parameters(resnet) == 21_466_161
     assert parameters(cnn) == 2_824_017
     assert [len(getattr(resnet, f"layer{number}")) for number in (1, 2, 3, 4)] == [3, 4, 6, 3]
-    assert [layer.out_channels for layer in cnn.modules() if isinstance(layer, torch.nn.Conv2d)] == [32, 64, 128, 128, 256]
+    convolutions = [layer for layer in cnn.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [32, 64, 128, 128, 256]
 
 
 @pytest.mark.parametrize("name", MODELS)

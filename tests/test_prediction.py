@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import script
-from script import Config, DataError, ImageStatistics, Labels, MathSymbolDataset, Trained
+from script import Config, DataError, ImageStatistics, MathSymbolDataset, Trained
 
 CPU = script.start_runtime(Config(device="cpu", precision="float32"))
 CONFIG = Config(model="cnn", image_size=8, dropout=0.2)
@@ -21,7 +21,7 @@ def dataset(rows: int = 23) -> MathSymbolDataset:
 
 def member(seed: int, classes: list[str], **settings) -> Trained:
     config = dataclasses.replace(CONFIG, seed=seed, **settings)
-    return Trained(script.build_model(config, len(classes)), config, Labels(classes), ImageStatistics(255, 8), {})
+    return Trained(script.build_model(config, len(classes)), config, classes, ImageStatistics(255, 8), {})
 
 
 def test_probabilities_stand_where_their_rows_do():
@@ -75,7 +75,7 @@ def test_pictures_show_symbols_where_they_can_be_drawn():
 
 @pytest.mark.parametrize("classes", [2, 44, 369])
 def test_the_class_distribution_is_drawn(tmp_path, classes):
-    path, labels = tmp_path / "class_distribution.png", Labels([str(number) for number in range(classes)])
+    path, labels = tmp_path / "class_distribution.png", [str(number) for number in range(classes)]
     targets = np.repeat(np.arange(classes), np.arange(classes) % 40 + 1)
     script.plot_class_distribution(path, labels, targets, {"1": r"\pi"})
     image = np.asarray(Image.open(path).convert("RGB"))

@@ -1,14 +1,15 @@
 """Room 2: device, precision, and files that appear only when they are whole."""
 
+import itertools
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from conftest import REPOSITORY
 
 import script
-from conftest import REPOSITORY
 from script import Config, DataError, start_runtime
 
 
@@ -72,6 +73,6 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
 
 
 def test_step_seeds_differ_by_seed_epoch_and_step():
-    seeds = {script.seed_of(Config(seed=seed), epoch, step) for seed in range(3) for epoch in range(3) for step in range(3)}
-    assert len(seeds) == 27
+    places = itertools.product(range(3), repeat=3)
+    assert len({script.seed_of(Config(seed=seed), epoch, step) for seed, epoch, step in places}) == 27
     assert script.seed_of(Config(seed=1), 2, 3) == script.seed_of(Config(seed=1), 2, 3)

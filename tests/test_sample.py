@@ -1,0 +1,52 @@
+"""The sample competition: committed whole, drawn anew byte for byte, and learned by the default settings."""
+
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+from conftest import REPOSITORY, Command
+from PIL import Image
+
+TABLES = ("train.csv", "test.csv", "classes.csv")
+
+
+def test_the_committed_sample_is_whole():
+    train, test, classes = (pd.read_csv(REPOSITORY / name, dtype=str) for name in TABLES)
+    assert train.label.nunique() == len(classes) >= 40 and set(train.label) == set(classes.label)
+    assert train.label.value_counts().eq(40).all() and len(test) == 10 * len(classes)
+    names = [*train.image_path, *test.image_path]
+    paths = [REPOSITORY / "Dataset_Image" / name for name in names]
+    assert len(set(names)) == len(names) and all(path.exists() for path in paths)
+    assert sum(path.stat().st_size for path in paths) < 2e6
+    with Image.open(paths[0]) as image:
+        assert image.size == (32, 32) and image.convert("L").getpixel((0, 0)) == 255
+
+
+def test_neither_file_name_nor_row_gives_the_label_away():
+    train = pd.read_csv(REPOSITORY / "train.csv")
+    numbers = train.image_path.str.extract(r"(\d+)")[0].astype(int)
+    assert abs(numbers.corr(train.label)) < 0.1 and abs(pd.Series(train.index).corr(train.label)) < 0.1
+
+
+@pytest.mark.slow
+def test_the_tool_draws_the_same_bytes_again(tmp_path):
+    for name in ("one", "two"):
+        subprocess.run([sys.executable, "-m", "tools.make_sample", str(tmp_path / name)], cwd=REPOSITORY, check=True)
+    for folder, _, names in os.walk(tmp_path / "one"):
+        for name in names:
+            first = os.path.join(folder, name)
+            with open(first, "rb") as one, open(first.replace("/one", "/two", 1), "rb") as two:
+                assert one.read() == two.read(), name
+    for name in TABLES:
+        assert (tmp_path / "one" / name).read_text() == (REPOSITORY / name).read_text()
+
+
+@pytest.mark.slow
+def test_the_default_settings_learn_the_sample(tmp_path):
+    command = Command(REPOSITORY, tmp_path / "out", tmp_path / "cache")
+    done = command(timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert pd.read_csv(command.output / "history.csv").val_accuracy.iloc[-1] >= 0.9
+    assert len(command.submission()) == 440
