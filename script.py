@@ -43,24 +43,22 @@ import time
 import types
 import typing
 import warnings
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+import PIL
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-# ======================================================================================================================
-# 1. Config: every number that a user tunes. A field is a flag (`--num-epochs 5`, `--no-augment`), its comment the help.
-# ======================================================================================================================
+# ==== 1. Config: every number that a user tunes; a field is also a flag (`--num-epochs 5`), its comment the help ======
 
 
 @dataclass(frozen=True)
@@ -88,10 +86,10 @@ class Config:
     learning_rate: float | None = None  # peak of the schedule
     num_epochs: int | None = None       # passes over the training rows
     min_steps: int = 600                # where num_epochs is auto, small tables get epochs enough for so many steps
-    max_minutes: float = 0.0            # end the whole run, submission included, within this time (0: no limit)
-    weight_decay: float = 0.01          # AdamW's decay of weight matrices and kernels
-    schedule: Literal["cosine", "plateau", "constant"] = "cosine"  # of the learning rate, after its warm-up
-    warmup: float = 0.2                 # share of the training in which the rate rises to its peak
+    max_minutes: float = 0.0            # end the whole run within this time, if num_epochs do not before (0: no limit)
+    weight_decay: float = 0.01          # AdamW's decay of matrices and kernels (biases and batch norm have none)
+    schedule: Literal["cosine", "plateau", "constant"] = "cosine"  # of the learning rate
+    warmup: float = 0.2                 # cosine, constant: share of the training in which the rate rises to its peak
     plateau_factor: float = 0.5         # plateau: what the rate is multiplied by
     plateau_patience: int = 2           # plateau: epochs without a better validation accuracy before that
     label_smoothing: float = 0.1        # share of the target that is spread over all classes
@@ -136,7 +134,7 @@ class Config:
 # What a field's number may be: smallest and largest. A field that is not listed may be any number from 0 up.
 LIMITS = {
     "image_size": (8, 1024), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf), "num_epochs": (1, math.inf),
-    "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "warmup": (0, 1), "plateau_factor": (1e-6, 1),
+    "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "warmup": (0, 1), "plateau_factor": (1e-6, 0.999),
     "label_smoothing": (0, 0.99), "mixup_alpha": (1e-3, math.inf), "average_decay": (0, 0.999999),
     "train_val_split": (0.01, 1), "rotation": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 1),
     "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1),
@@ -177,7 +175,7 @@ def check_setting(name: str, annotation, value) -> None:
     if kind in (bool, str) or isinstance(value, bool) or not isinstance(value, (int, kind)):
         raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}")
     low, high = LIMITS.get(name, (0, math.inf))
-    if not (low <= value <= high and math.isfinite(value)):
+    if not low <= value <= high or value == math.inf:
         limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
         raise ValueError(f"{name} must be {limits}, not {value}")
 
@@ -198,6 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="script.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
                                      usage="script.py [run | predict [CHECKPOINT ...]] [--SETTING VALUE ...]",
                                      description="Train a classifier of small grey images and write a submission.")
+    parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("words", nargs="*", metavar="COMMAND", default=[],
                         help="run (the default): train, predict and write the submission; predict: the submission of "
                              "existing checkpoints, averaged (default: best_model.pth in the output folder)")
@@ -250,13 +249,17 @@ def complete_config(config: Config, runtime: "Runtime", training_rows: int) -> C
     return dataclasses.replace(config, **chosen)
 
 
-# ======================================================================================================================
-# 2. Runtime: device, precision and seeds, and how a file gets its name
-# ======================================================================================================================
-
-
+# ==== 2. Runtime: device, precision and seeds, and how a file gets its name ===========================================
 class DataError(Exception):
     """Something that the user gave is wrong: a message that names the file, the row and the remedy."""
+
+    exit_status = 1
+
+
+class UsageError(DataError):
+    """A setting that cannot be used here."""
+
+    exit_status = 2
 
 
 def first_line(error: Exception) -> str:
@@ -276,6 +279,11 @@ class Runtime:
         """The context in which the network's forward pass runs."""
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype, enabled=self.precision != "float32")
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """The model on the device; channels last where that is fast and its gradients are right (not on MPS)."""
+        last = self.device.type in ("cpu", "cuda")
+        return model.to(self.device, memory_format=torch.channels_last if last else torch.preserve_format)
 
     def has_room_for(self, num_bytes: int) -> bool:
         """Whether so many bytes may stay on the device beside the training."""
@@ -297,7 +305,7 @@ def start_runtime(config: Config) -> Runtime:
     device = choose_device(config.device)
     precision = config.precision if config.precision != "auto" else best_precision(device)
     if precision == "fp16" and device.type == "cpu":
-        raise DataError("--precision fp16 trains on a GPU only; on a CPU take bf16 or float32")
+        raise UsageError("--precision fp16 trains on a GPU only; on a CPU take bf16 or float32")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
@@ -307,18 +315,14 @@ def start_runtime(config: Config) -> Runtime:
 
 def choose_device(wanted: str) -> torch.device:
     """The device asked for, or the first of cuda, mps and cpu that computes."""
-    if wanted != "auto":
-        fault = device_fault(wanted)
-        if fault:
-            raise DataError(f"--device {wanted} does not work here: {fault}; try --device auto")
-        return torch.device(wanted)
-    for name, present in (("cuda", torch.cuda.is_available()), ("mps", torch.backends.mps.is_available())):
-        fault = device_fault(name) if present else "absent"
-        if not fault:
-            return torch.device(name)
-        if present:
-            print(f"warning: {name} is there but does not compute ({fault}); the CPU is used", file=sys.stderr)
-    return torch.device("cpu")
+    found = torch.accelerator.current_accelerator(check_available=True)
+    name = wanted if wanted != "auto" else found.type if found else "cpu"
+    fault = device_fault(name)
+    if fault and wanted != "auto":
+        raise UsageError(f"--device {wanted} does not work here: {fault}; try --device auto")
+    if fault:
+        print(f"warning: {name} is there but does not compute ({fault}); the CPU is used", file=sys.stderr)
+    return torch.device("cpu" if fault else name)
 
 
 def device_fault(name: str) -> str:
@@ -342,10 +346,10 @@ def best_precision(device: torch.device) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of what a run's result depends on."""
-    packages = ("numpy", "pandas", "pillow", "matplotlib")
-    source = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    return {"python": platform.python_version(), "script_sha256": source, "torch": str(torch.__version__),
-            **{package: metadata.version(package) for package in packages}}
+    source = Path(globals().get("__file__", ""))  # a notebook's cell has no file
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()[:16] if source.is_file() else ""
+    return {"python": platform.python_version(), "script_sha256": digest,
+            **{module.__name__: str(module.__version__) for module in (torch, np, pd, PIL)}}
 
 
 def seed_of(config: Config, epoch: int, step: int) -> int:
@@ -372,16 +376,14 @@ def output_folder(config: Config) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if (folder / "best_model.pth").is_dir() or (folder / "submission.csv").is_dir():
+            raise DataError(f"{folder}: a folder stands where best_model.pth or submission.csv is to be written")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}); name another --output-dir") from None
     return folder
 
 
-# ======================================================================================================================
-# 3. Tables and labels
-# ======================================================================================================================
-
-
+# ==== 3. Tables and labels ============================================================================================
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """Read a CSV's named columns, every cell as the text it is, and refuse cells that are empty.
 
@@ -389,47 +391,36 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     are ignored. Raises DataError naming the file, the row and the remedy.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
             table = pd.read_csv(path, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig",
                                 skip_blank_lines=False)
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; put it there, or name its folder with --data-dir") from None
     except pd.errors.EmptyDataError:
         raise DataError(f"{path}: the file is empty; it needs the columns {', '.join(columns)}") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, ValueError, OSError) as error:
-        raise DataError(f"{path}: not a readable CSV table ({first_line(error)})") from None
-    table.columns = table.columns.str.strip()
-    check_columns(path, table.columns, columns)
-    table = table[list(columns)].fillna("")  # a row that is too short gets NaN even so
-    filled = (table != "").any(axis=1).to_numpy()
-    table = table.iloc[: filled.nonzero()[0][-1] + 1 if filled.any() else 0]  # blank lines may end a file
-    table.index = pd.RangeIndex(2, len(table) + 2)
-    table.attrs["path"] = str(path)
-    check_cells(path, table)
-    return table
-
-
-def check_columns(path: Path, found: pd.Index, wanted: tuple[str, ...]) -> None:
-    """Raise DataError if a column is missing or stands there twice."""
-    for name in wanted:
+    except Exception as error:  # pandas, codecs and decompressors each raise their own
+        raise DataError(f"{path}: not a readable CSV table ({first_line(error)}); save it as UTF-8, "
+                        "with commas between cells and quotes around a cell that holds one") from None
+    table.columns = found = table.columns.str.strip()
+    for name in columns:
         if name not in found:
             near = difflib.get_close_matches(name, found, 1, 0.7)
             hint = f"rename {near[0]!r}" if near and len(found) > 1 else "is it separated by commas?"
-            raise DataError(f"{path}: no column {name!r} in its header ({', '.join(map(str, found))}); {hint}")
+            raise DataError(f"{path}: no column {name!r} in its header ({', '.join(found)}); {hint}")
         if list(found).count(name) > 1 or f"{name}.1" in found:
             raise DataError(f"{path}: the column {name!r} stands there twice; remove one")
-
-
-def check_cells(path: Path, table: pd.DataFrame) -> None:
-    """Raise DataError for a table without rows or with an empty cell."""
+    table = table[list(columns)].fillna("")  # a row that is too short gets NaN even so
+    filled = (table != "").any(axis=1).to_numpy().nonzero()[0]
+    table = table.iloc[: filled[-1] + 1 if len(filled) else 0]  # blank lines may end a file
+    table.index, table.attrs["path"] = pd.RangeIndex(2, len(table) + 2), str(path)
     if table.empty:
         raise DataError(f"{path}: the table has a header and no rows; is it the right file?")
-    for name in table.columns:
+    for name in columns:
         empty = table.index[table[name].str.strip() == ""]
         if len(empty):
             more = f" (and {len(empty) - 1} more rows)" if len(empty) > 1 else ""
             raise DataError(f"{path}, row {empty[0]}{more}: {name} is empty; fill it in or remove the row")
+    return table
 
 
 def read_train_table(config: Config) -> pd.DataFrame:
@@ -461,16 +452,6 @@ def sort_classes(labels: pd.Series) -> list[str]:
     return sorted(labels.unique(), key=order)
 
 
-def encode_labels(labels: pd.Series, classes: list[str]) -> np.ndarray:
-    """The place of each label in classes: class numbers 0..K-1, int64 [rows]."""
-    return pd.Categorical(labels, categories=classes).codes.astype(np.int64)
-
-
-def decode_labels(numbers: np.ndarray, classes: list[str]) -> list[str]:
-    """Labels as they were written."""
-    return [classes[number] for number in numbers]
-
-
 SMALLEST_CLASS_TO_SPLIT = 4
 
 
@@ -479,21 +460,19 @@ def split_rows(targets: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndar
 
     A class of fewer than SMALLEST_CLASS_TO_SPLIT rows stays in training; any other gives at least one row.
     """
-    if config.train_val_split == 1:
-        return np.arange(len(targets)), np.array([], dtype=np.int64)
-    shuffled = np.random.default_rng(config.split_seed).permutation(len(targets))
-    held_out = []
-    for rows in pd.Series(shuffled).groupby(targets[shuffled]).indices.values():
-        if len(rows) >= SMALLEST_CLASS_TO_SPLIT:
-            held_out.append(shuffled[rows[: max(1, round(len(rows) * (1 - config.train_val_split)))]])
-    val_rows = np.sort(np.concatenate(held_out)) if held_out else np.array([], dtype=np.int64)
-    return np.setdiff1d(np.arange(len(targets)), val_rows), val_rows
+    order = np.random.default_rng(config.split_seed).permutation(len(targets))
+    shuffled = pd.Series(targets[order], index=order)
+    place, size = shuffled.groupby(shuffled).cumcount(), shuffled.groupby(shuffled).transform("size")
+    quota = (size * (1 - config.train_val_split)).round().clip(lower=1).clip(upper=size - 1)
+    held = (place < quota) & (size >= SMALLEST_CLASS_TO_SPLIT) & (config.train_val_split < 1)
+    held_out = held.sort_index().to_numpy()
+    return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
 def describe_classes(classes: list[str], targets: np.ndarray) -> str:
     """One line: how many classes, how unevenly filled, and which are too small to be validated."""
     counts = np.bincount(targets, minlength=len(classes))
-    small = decode_labels(np.flatnonzero(counts < SMALLEST_CLASS_TO_SPLIT), classes)
+    small = [label for label, count in zip(classes, counts) if count < SMALLEST_CLASS_TO_SPLIT]
     text = (f"{len(targets):,} labelled images of {len(counts)} classes, {counts.min():,} to {counts.max():,} a class "
             f"(imbalance {counts.max() / counts.min():.1f} to 1)")
     if small:
@@ -505,16 +484,15 @@ def describe_classes(classes: list[str], targets: np.ndarray) -> str:
 def read_symbols(config: Config) -> dict[str, str]:
     """LaTeX by label, from classes.csv beside train.csv; empty where there is none."""
     path = Path(config.data_dir, config.train_csv).with_name("classes.csv")
-    if not path.exists():
+    try:
+        table = read_table(path, ("label", "latex")) if path.exists() else pd.DataFrame({"label": [], "latex": []})
+    except DataError as error:
+        print(f"warning: {error}; pictures show labels", file=sys.stderr)
         return {}
-    table = read_table(path, ("label", "latex"))
     return dict(zip(table.label, table.latex))
 
 
-# ======================================================================================================================
-# 4. Images: decoded once into one uint8 array, ink high and paper zero; augmented by batch on the device
-# ======================================================================================================================
-
+# ==== 4. Images: decoded once into one uint8 array, ink high and paper zero; augmented by batch on the device =========
 CACHE_FORMAT = 1  # to be raised when decoding changes, so that older caches are not used
 DECODE_CHUNK = 1000
 
@@ -542,7 +520,8 @@ def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip
         deep = np.asarray(image, dtype=np.int64)
-        return (deep // (257 if deep.max() > 255 else 1)).clip(0, 255).astype(np.uint8), None
+        deep = deep // 257 if image.mode != "I" or deep.max() > 255 else deep
+        return deep.clip(0, 255).astype(np.uint8), None
     if "A" in image.getbands() or "transparency" in image.info:
         grey, alpha = image.convert("RGBA").convert("LA").split()
         return np.asarray(grey), np.asarray(alpha)
@@ -589,54 +568,34 @@ def look_at_images(root: Path, names: list[str], image_size: int) -> ImageStatis
     return ImageStatistics(255 if np.mean(papers) > 127 else 0, min(max(sides), image_size))
 
 
-def decode_chunk(job: tuple[list[str], ImageStatistics]) -> tuple[np.ndarray, dict[int, str]]:
-    """Decode the images of one chunk: ink [n, size, size], and what is wrong with those that cannot be decoded."""
-    paths, statistics = job
-    images = np.zeros((len(paths), statistics.size, statistics.size), dtype=np.uint8)
-    faults = {}
-    for position, path in enumerate(paths):
-        try:
-            images[position] = to_ink(*read_grey(path), statistics)
-        except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
-            faults[position] = describe_fault(error)
-    return images, faults
-
-
-def describe_fault(error: Exception) -> str:
-    """Why an image cannot be used, in a few words."""
-    if isinstance(error, Image.UnidentifiedImageError):
+def decode_image(statistics: ImageStatistics, path: str) -> bytes | str:
+    """Ink [size, size] of an image as bytes, or in a few words why it cannot be used."""
+    try:
+        return to_ink(*read_grey(path), statistics).tobytes()
+    except Image.UnidentifiedImageError:
         return "not an image that Pillow can read"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return first_line(error)
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
+        return (getattr(error, "strerror", None) or first_line(error)).lower()
 
 
 def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -> tuple[np.ndarray, dict[int, str]]:
-    """Decode all paths, on several processes where there are many: ink [N, size, size] and faults by position."""
-    images, faults = np.empty((len(paths), statistics.size, statistics.size), dtype=np.uint8), {}
-    starts = range(0, len(paths), DECODE_CHUNK)
-    jobs = [(paths[start: start + DECODE_CHUNK], statistics) for start in starts]
-    with tqdm(total=len(paths), unit="img", desc="decoding", disable=None) as bar:
-        for start, (chunk, chunk_faults) in zip(starts, map_jobs(decode_chunk, jobs, workers)):
-            images[start: start + len(chunk)] = chunk
-            faults.update({start + position: fault for position, fault in chunk_faults.items()})
-            bar.update(len(chunk))
-    return images, faults
-
-
-def map_jobs(function, jobs: list, workers: int):
-    """Yield the function of each job, in order, computed by so many processes (-1: one a core) or by this one.
+    """Decode all paths, on so many processes (-1: one a core): ink [N, size, size] and faults by position.
 
     Forked where it can be: a fresh process would import torch first, which takes longer than most decoding.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(len(jobs) - 1, cores if workers < 0 else workers)
-    if workers < 1:
-        yield from map(function, jobs)
-        return
+    workers = min(len(paths) // DECODE_CHUNK, cores if workers < 0 else workers, 61)  # 61: the most on Windows
+    images, faults = np.zeros((len(paths), statistics.size, statistics.size), dtype=np.uint8), {}
+    decode = functools.partial(decode_image, statistics)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        yield from pool.map(function, jobs)
+    with ProcessPoolExecutor(max(workers, 1), mp_context=context) as pool:  # starts processes when given work
+        results = pool.map(decode, paths, chunksize=DECODE_CHUNK) if workers else map(decode, paths)
+        for position, result in enumerate(tqdm(results, "decoding", len(paths), unit="img", disable=None)):
+            if isinstance(result, str):
+                faults[position] = result
+            else:
+                images[position] = np.frombuffer(result, np.uint8).reshape(images.shape[1:])
+    return images, faults
 
 
 def file_identities(paths: list[str]) -> np.ndarray:
@@ -651,37 +610,37 @@ def file_identities(paths: list[str]) -> np.ndarray:
     return identities
 
 
-class ImageCache:
-    """A file of N decoded images followed by the identities of the N files that they were decoded from."""
+def cache_file(config: Config, root: Path, names: list[str], statistics: ImageStatistics) -> Path:
+    """Where a table's decoded images are kept, followed by the identities of the files that they came from."""
+    key = json.dumps([CACHE_FORMAT, str(root.resolve()), dataclasses.astuple(statistics), names])
+    shared = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = config.cache_dir or os.path.join(shared, "symbol-classifier")
+    return Path(folder, f"images-{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin")
 
-    def __init__(self, folder: Path, root: Path, names: list[str], statistics: ImageStatistics):
-        key = json.dumps([CACHE_FORMAT, str(root.resolve()), dataclasses.astuple(statistics), names])
-        self.path = folder / f"images-{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"
-        self.shape = len(names), statistics.size, statistics.size
 
-    def read(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The images as a read-only memory map, and the identities; None if there is no whole file."""
-        try:
-            if self.path.stat().st_size != math.prod(self.shape) + self.shape[0] * 24:
-                return None
-            images = np.memmap(self.path, np.uint8, "r", shape=self.shape)
-            identities = np.fromfile(self.path, np.int64, offset=images.size).reshape(-1, 3)
-        except OSError:
-            return None
-        return images, identities
+def read_cache(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray] | None:
+    """The images as a read-only memory map, and the identities; None if there is no whole file."""
+    try:
+        if path.stat().st_size == math.prod(shape) + shape[0] * 24:
+            identities = np.fromfile(path, np.int64, offset=math.prod(shape)).reshape(-1, 3)
+            return np.memmap(path, np.uint8, "r", shape=shape), identities
+    except OSError:
+        pass
+    return None
 
-    def write(self, images: np.ndarray, identities: np.ndarray) -> np.ndarray:
-        """Store the images and give them back as a memory map, or as they are if the disk refuses."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(self.path) as temporary, open(temporary, "wb") as file:
-                images.tofile(file)
-                identities.tofile(file)
-            return self.read()[0]
-        except OSError as error:
-            print(f"warning: {self.path.parent}: the decoded images cannot be kept ({error.strerror}); "
-                  "the next run decodes again", file=sys.stderr)
-            return images
+
+def write_cache(path: Path, images: np.ndarray, identities: np.ndarray) -> np.ndarray:
+    """Store the images and give them back as a memory map, or as they are if the disk refuses."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
+            file.write(images.data)
+            file.write(identities.data)
+        return np.memmap(path, np.uint8, "r", shape=images.shape)
+    except OSError as error:
+        print(f"warning: {path.parent}: the decoded images cannot be kept ({first_line(error)}); "
+              "the next run decodes again", file=sys.stderr)
+        return images
 
 
 def load_images(table: pd.DataFrame, config: Config, statistics: ImageStatistics) -> tuple[np.ndarray, list[str]]:
@@ -692,28 +651,22 @@ def load_images(table: pd.DataFrame, config: Config, statistics: ImageStatistics
     root = Path(config.data_dir, config.root_dir)
     names = table.image_path.tolist()
     paths = [os.path.join(root, name) for name in names]
-    cache = ImageCache(cache_folder(config), root, names, statistics)
-    identities, held = file_identities(paths), cache.read()
-    stale = np.arange(len(paths)) if held is None else np.flatnonzero((held[1] != identities).any(axis=1))
+    cache = cache_file(config, root, names, statistics)
+    identities, held = file_identities(paths), read_cache(cache, (len(names), statistics.size, statistics.size))
+    changed = (held[1] != identities) | (held[1] == -1) if held else np.ones_like(identities, dtype=bool)
+    stale = np.flatnonzero(changed.any(axis=1))
     if not len(stale):
         return held[0][:, None], []
-    started = time.monotonic()
+    started = time.perf_counter()
     fresh, faults = decode_images([paths[position] for position in stale], statistics, config.num_workers)
-    seconds = time.monotonic() - started
+    seconds = time.perf_counter() - started
     print(f"decoded {len(stale):,} images of {table.attrs['path']} in {seconds:.1f} s ({len(stale) / seconds:,.0f}/s)")
-    if faults:
-        return fresh[:, None], [f"{table.attrs['path']}, row {table.index[stale[position]]}: "
-                                f"{names[stale[position]]}: {fault}" for position, fault in sorted(faults.items())]
-    images = fresh if held is None else np.array(held[0])
+    images = np.array(held[0]) if held else np.empty((len(paths), *fresh.shape[1:]), dtype=np.uint8)
     images[stale] = fresh
-    return cache.write(images, identities)[:, None], []
-
-
-def cache_folder(config: Config) -> Path:
-    """Where decoded images are kept."""
-    if config.cache_dir:
-        return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "symbol-classifier")
+    identities[stale[list(faults)]] = -1  # to be tried again, without the others
+    return write_cache(cache, images, identities)[:, None], [
+        f"{table.attrs['path']}, row {table.index[stale[position]]}: {names[stale[position]]}: {fault}"
+        for position, fault in faults.items()]
 
 
 def load_all_images(tables: list[pd.DataFrame], config: Config, statistics: ImageStatistics) -> list[np.ndarray]:
@@ -738,13 +691,12 @@ class MathSymbolDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, images: np.ndarray, targets: np.ndarray | None, runtime: Runtime, pin_memory: bool = True):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns that a read-only map could be written to: nobody does
+        with warnings.catch_warnings(action="ignore"):  # a read-only map could be written to: nobody does
             self.images = torch.from_numpy(images)
         self.targets = torch.zeros(len(images), dtype=torch.int64) if targets is None else torch.from_numpy(targets)
-        self.device = runtime.device
-        self.pin_memory = pin_memory and runtime.device.type == "cuda"
-        if runtime.has_room_for(self.images.nbytes):
+        self.device, resident = runtime.device, runtime.has_room_for(self.images.nbytes)
+        self.pin_memory = pin_memory and runtime.device.type == "cuda" and not resident
+        if resident:
             self.images, self.targets = self.images.to(self.device), self.targets.to(self.device)
 
     def __len__(self) -> int:
@@ -754,24 +706,15 @@ class MathSymbolDataset(torch.utils.data.Dataset):
         return self.images[row].float() / 255, int(self.targets[row])
 
     def batch(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """Images [B, 1, size, size], uint8, and class numbers [B] of these rows, on the device."""
-        index = torch.from_numpy(rows).to(self.images.device, non_blocking=True)
-        picked = self.images.index_select(0, index), self.targets.index_select(0, index)
-        if self.pin_memory and self.images.device != self.device:
-            picked = tuple(part.pin_memory() for part in picked)
-        return tuple(part.to(self.device, non_blocking=True) for part in picked)
+        """Images [B, 1, size, size], uint8, and class numbers [B] of these rows, on the device.
 
-    def batches(self, steps: list[np.ndarray]):
-        """Yield the batch of each step; from the host, the next one is gathered while the device computes."""
-        if self.images.device == self.device:
-            yield from map(self.batch, steps)
-            return
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(self.batch, steps[0])
-            for following in [*steps[1:], None]:
-                batch = coming.result()
-                coming = following is not None and pool.submit(self.batch, following)
-                yield batch
+        From the host they are gathered while the device still computes: nothing in a step waits for it.
+        """
+        index = torch.from_numpy(rows).to(self.images.device)
+        picked = self.images.index_select(0, index), self.targets.index_select(0, index)
+        if self.pin_memory:
+            picked = tuple(part.pin_memory() for part in picked)
+        return tuple(part.to(self.device, non_blocking=self.pin_memory) for part in picked)
 
 
 def to_input(images: Tensor, image_size: int) -> Tensor:
@@ -850,11 +793,7 @@ def erase(ink: Tensor, config: Config, generator: torch.Generator) -> Tensor:
     return ink.masked_fill(hole[:, None], 0)
 
 
-# ======================================================================================================================
-# 5. Models: [B, 1, any size, any size] to logits [B, classes]
-# ======================================================================================================================
-
-
+# ==== 5. Models: [B, 1, any size, any size] to logits [B, classes] ====================================================
 def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution and batch norm, which makes a bias superfluous."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
@@ -881,12 +820,12 @@ class ResNetMathSymbol(nn.Sequential):
     def __init__(self, num_classes: int, dropout: float = 0.5):
         super().__init__()
         self.stem = nn.Sequential(convolution(1, 64, kernel=5), nn.MaxPool2d(2, ceil_mode=True), nn.ReLU(inplace=True))
-        widths = (64, 64, 128, 256, 512)
-        for number, blocks in enumerate((3, 4, 6, 3), start=1):
-            strides = [1 if number == 1 else 2] + [1] * (blocks - 1)
-            inputs = [widths[number - 1]] + [widths[number]] * (blocks - 1)
-            self.add_module(f"layer{number}", nn.Sequential(
-                *(ResidualBlock(width, widths[number], stride) for width, stride in zip(inputs, strides))))
+        inputs = 64
+        for number, (blocks, width) in enumerate([(3, 64), (4, 128), (6, 256), (3, 512)], start=1):
+            first = ResidualBlock(inputs, width, stride=1 if number == 1 else 2)
+            rest = [ResidualBlock(width, width, stride=1) for _ in range(blocks - 1)]
+            self.add_module(f"layer{number}", nn.Sequential(first, *rest))
+            inputs = width
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(512, num_classes))
 
@@ -921,40 +860,29 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
     """The config's network with weights drawn from the config's seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config, 0, 0))
-        return MODELS[config.model](num_classes, config.dropout).to(memory_format=torch.channels_last)
+        return MODELS[config.model](num_classes, config.dropout)
 
 
 def summarize_model(model: nn.Module, image_size: int) -> str:
     """A table of a network's layers: name, shape of what comes out, parameters."""
-    lines, x = [], torch.zeros(1, 1, image_size, image_size, device=next(model.parameters()).device)
-    was_training = model.training
-    model.eval()
+    lines, x = [f"  {'layer':<10}{'output':>16}{'parameters':>14}"], torch.zeros(1, 1, image_size, image_size)
     with torch.inference_mode():
-        for name, layer in model.named_children():
-            x = layer(x)
-            shape = " x ".join(map(str, x.shape[1:]))
-            lines.append(f"  {name:<10}{shape:>16}{sum(weight.numel() for weight in layer.parameters()):>14,}")
-    model.train(was_training)
-    total = sum(weight.numel() for weight in model.parameters())
-    title = f"{type(model).__name__}, {total / 1e6:.2f} million parameters, {image_size} x {image_size} input"
-    return "\n".join([title,
-                      f"  {'layer':<10}{'output':>16}{'parameters':>14}", *lines])
+        for name, layer in copy.deepcopy(model).cpu().eval().named_children():
+            x, count = layer(x), sum(weight.numel() for weight in layer.parameters())
+            lines.append(f"  {name:<10}{' x '.join(map(str, x.shape[1:])):>16}{count:>14,}")
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    title = f"{type(model).__name__}, {millions:.2f} million parameters, {image_size} x {image_size} input"
+    return "\n".join([title, *lines])
 
 
-# ======================================================================================================================
-# 6. Loss, mixup, metrics
-# ======================================================================================================================
-
-
+# ==== 6. Loss, mixup, metrics =========================================================================================
 def mixup_data(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Blend each image [B, 1, H, W] with another of its batch, and their targets [B, K] alike (arXiv:1710.09412).
+    """Blend each image [B, 1, H, W] with its neighbour in the batch, and their targets [B, K] alike (arXiv:1710.09412).
 
-    The whole batch shares one draw of Beta(alpha, alpha).
+    Batches are shuffled, so a neighbour is anyone. The batch shares one draw of Beta(alpha, alpha).
     """
-    draws = np.random.default_rng(seed)
-    others = torch.from_numpy(draws.permutation(len(images))).to(images.device, non_blocking=True)
-    share = float(draws.beta(alpha, alpha))
-    return torch.lerp(images[others], images, share), torch.lerp(targets[others], targets, share)
+    share = float(np.random.default_rng(seed).beta(alpha, alpha))
+    return torch.lerp(images.roll(1, 0), images, share), torch.lerp(targets.roll(1, 0), targets, share)
 
 
 def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
@@ -970,13 +898,7 @@ def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
             "val_class_accuracy": float(per_class.mean())}
 
 
-# ======================================================================================================================
-# 7. Checkpoints
-# ======================================================================================================================
-
-CHECKPOINT_KEYS = {"model", "config", "classes", "image_statistics", "metrics", "versions"}
-
-
+# ==== 7. Checkpoints ==================================================================================================
 def save_checkpoint(path: Path, model: nn.Module, config: Config, classes: list[str], statistics: ImageStatistics,
                     metrics: dict) -> None:
     """Write all that prediction needs: plain weights, settings, classes, and how images are prepared."""
@@ -985,8 +907,10 @@ def save_checkpoint(path: Path, model: nn.Module, config: Config, classes: list[
         "config": dataclasses.asdict(config), "classes": classes,
         "image_statistics": dataclasses.asdict(statistics), "metrics": metrics, "versions": versions(),
     }
+    buffer = io.BytesIO()  # torch reports a full disk as an error of its own
+    torch.save(content, buffer)
     with whole_file(path) as temporary:
-        torch.save(content, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 @dataclass(frozen=True)
@@ -1004,30 +928,20 @@ def load_checkpoint(path: Path) -> Trained:
     """Read a checkpoint as data, never as code. Raises DataError for a file that is not a whole checkpoint of ours."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise DataError(f"{path}: no such checkpoint; train one with `python script.py`") from None
-    except Exception as error:  # zipfile, pickle and torch each raise their own
-        raise DataError(f"{path}: not a readable checkpoint ({first_line(error)}); "
-                        "train again, or name another") from None
-    if not isinstance(content, dict) or not content.keys() >= CHECKPOINT_KEYS:
-        raise DataError(f"{path}: not a checkpoint of script.py (it lacks {', '.join(sorted(CHECKPOINT_KEYS))})")
-    try:
         known = {field.name for field in dataclasses.fields(Config)}
         config = Config(**{name: value for name, value in content["config"].items() if name in known})
         model = build_model(config, len(content["classes"]))
         model.load_state_dict(content["model"])
-        statistics = ImageStatistics(**content["image_statistics"])
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: the checkpoint does not fit together "
-                        f"({first_line(error)})") from None
-    return Trained(model, config, content["classes"], statistics, content["metrics"])
+        return Trained(model, config, content["classes"], ImageStatistics(**content["image_statistics"]),
+                       content["metrics"])
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such checkpoint; train one with `python script.py`") from None
+    except Exception as error:  # zipfile, pickle and torch each raise their own
+        raise DataError(f"{path}: not a whole checkpoint of script.py ({type(error).__name__}: {first_line(error)}); "
+                        "train again, or name another") from None
 
 
-# ======================================================================================================================
-# 8. Training
-# ======================================================================================================================
-
-
+# ==== 8. Training =====================================================================================================
 @dataclass(frozen=True)
 class TrainingData:
     """What `fit` learns from: a dataset with its labels and the positions of its training and validation rows."""
@@ -1074,14 +988,31 @@ class AveragedWeights:
         torch._foreach_lerp_(self.averages, self.sources, 1 - decay)
 
 
+class InPrecision(nn.Module):
+    """A network that enters the precision itself: the threads of DataParallel do not know the caller's."""
+
+    def __init__(self, model: nn.Module, runtime: Runtime):
+        super().__init__()
+        self.model, self.runtime = model, runtime
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        with self.runtime.autocast():
+            return self.model(inputs)
+
+
 class Learner:
     """The network in training, with its optimizer and its averaged weights."""
 
     def __init__(self, config: Config, num_classes: int, runtime: Runtime):
         self.config, self.num_classes, self.runtime, self.step = config, num_classes, runtime, 0
-        self.model = build_model(config, num_classes).to(runtime.device)
-        self.parallel = nn.DataParallel(self.model) if runtime.gpus > 1 else self.model
-        self.optimizer = make_optimizer(self.model, config, runtime)
+        self.model = runtime.place(build_model(config, num_classes))
+        self.network = InPrecision(self.model, runtime)
+        if runtime.gpus > 1 and config.batch_size >= 8 * runtime.gpus:  # batch norm needs several images on each
+            self.network = nn.DataParallel(self.network)
+        groups = [{"params": [weight for weight in self.model.parameters() if (weight.ndim > 1) == decayed],
+                   "weight_decay": config.weight_decay * decayed} for decayed in (True, False)]
+        fused = runtime.device.type in ("cuda", "cpu")
+        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)  # arXiv:1711.05101
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.average = AveragedWeights(self.model, config.average_decay) if config.average_decay else None
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -1103,14 +1034,12 @@ class Learner:
         """
         config, seed = self.config, seed_of(self.config, epoch, self.step)
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
-        torch.manual_seed(seed)  # dropout draws from the global generator
+        torch.manual_seed(seed ^ 1)  # dropout draws from the global generator
         inputs = augment(images, config, generator) if config.augment else to_input(images, config.image_size)
         targets = F.one_hot(classes, self.num_classes).float()
         if config.mixup:
             inputs, targets = mixup_data(inputs, targets, config.mixup_alpha, seed)
-        with self.runtime.autocast():
-            logits = self.parallel(inputs)
-        logits = logits.float()
+        logits = self.network(inputs).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
         self.descend(loss, progress)
         hits = targets.gather(1, logits.detach().argmax(dim=1, keepdim=True)).sum()
@@ -1131,14 +1060,6 @@ class Learner:
         if self.average:
             self.average.update(self.step)
         self.step += 1
-
-
-def make_optimizer(model: nn.Module, config: Config, runtime: Runtime) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101) that decays matrices and kernels, not biases and batch-norm weights."""
-    weights = list(model.parameters())
-    groups = [{"params": [weight for weight in weights if weight.ndim > 1], "weight_decay": config.weight_decay},
-              {"params": [weight for weight in weights if weight.ndim <= 1], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, fused=runtime.device.type in ("cuda", "cpu"))
 
 
 def epoch_steps(rows: np.ndarray, config: Config, epoch: int) -> list[np.ndarray]:
@@ -1162,7 +1083,7 @@ def train(learner: Learner, data: TrainingData, epoch: int, pace: Pace) -> dict[
     learner.model.train()
     with tqdm(total=len(data.train_rows), unit="img", unit_scale=True, leave=False, disable=None,
               desc=f"epoch {epoch}/{config.num_epochs}") as bar:
-        for rows, (images, classes) in zip(steps, data.dataset.batches(steps)):
+        for rows, (images, classes) in zip(steps, map(data.dataset.batch, steps)):
             progress = pace.progress(learner.step)
             if progress >= 1:
                 break
@@ -1203,24 +1124,23 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
     for epoch in range(1, config.num_epochs + 1):
         started = time.monotonic()
         row = {"epoch": epoch, **train(learner, data, epoch, pace)}
-        if not row["images"] and history:  # the time ended with the epoch before
+        images, trained = row.pop("images"), time.monotonic()
+        if not images and history:  # the time ended with the epoch before
             break
-        trained = time.monotonic()
         row |= validate(learner.result, data, config, runtime)
         row["seconds"] = time.monotonic() - started
         history.append(row)
-        print(describe_epoch(row, config.num_epochs, row["images"] / (trained - started)), flush=True)
+        print(describe_epoch(row, config.num_epochs, images / (trained - started)), flush=True)
         if config.schedule == "plateau":
             learner.plateau.step(row["val_accuracy"])
         if best is None or is_better(row, best, config):
             best = row
-            metrics = {name: value for name, value in row.items() if name != "images"}
-            save_checkpoint(folder / "best_model.pth", learner.result, config, data.classes, data.statistics, metrics)
+            save_checkpoint(folder / "best_model.pth", learner.result, config, data.classes, data.statistics, row)
         with whole_file(folder / "history.csv") as temporary:
-            pd.DataFrame(history).reindex(columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
+            pd.DataFrame(history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
         if pace.progress(learner.step) >= 1:
             break
-    return pd.DataFrame(history).reindex(columns=HISTORY_COLUMNS)
+    return pd.DataFrame(history, columns=HISTORY_COLUMNS)
 
 
 def is_better(row: dict, best: dict, config: Config) -> bool:
@@ -1247,7 +1167,7 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     """
     if not config.max_minutes:
         return math.inf
-    model = build_model(config, len(data.classes)).to(runtime.device)
+    model = runtime.place(build_model(config, len(data.classes)))
     rows = data.train_rows[: config.eval_batch_size]
     for _ in range(2):  # the first is slowed by set-up
         begun = time.monotonic()
@@ -1256,16 +1176,12 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     reserve = 5 + 1.5 * per_image * (len(data.val_rows) + test_rows)
     left = started + 60 * config.max_minutes - time.monotonic() - reserve
     if left <= 0:
-        raise DataError(f"--max-minutes {config.max_minutes:g} leaves no time to train: the start took "
+        raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: the start took "
                         f"{time.monotonic() - started:.0f} s, validation and prediction will take {reserve:.0f} s")
     return left
 
 
-# ======================================================================================================================
-# 9. Prediction
-# ======================================================================================================================
-
-
+# ==== 9. Prediction ===================================================================================================
 @torch.inference_mode()
 def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, image_size: int, batch_size: int,
             runtime: Runtime) -> np.ndarray:
@@ -1273,13 +1189,12 @@ def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, imag
     model.eval()
     places = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / batch_size))
     probabilities = None
-    for place, (images, _) in zip(places, dataset.batches([rows[place] for place in places])):
+    for place in places:
         with runtime.autocast():
-            logits = model(to_input(images, image_size))
-        chunk = logits.float().softmax(dim=1).cpu().numpy()
+            logits = model(to_input(dataset.batch(rows[place])[0], image_size))
         if probabilities is None:
-            probabilities = np.full((len(rows), chunk.shape[1]), np.nan, dtype=np.float32)
-        probabilities[place] = chunk
+            probabilities = np.full((len(rows), logits.shape[1]), np.nan, dtype=np.float32)
+        probabilities[place] = logits.float().softmax(dim=1).cpu().numpy()
     if np.isnan(probabilities).any():
         raise DataError("the network gives no numbers for some images: its training diverged; lower --learning-rate")
     return probabilities
@@ -1297,27 +1212,24 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
         if differing:
             raise DataError(f"the checkpoints know different classes ({', '.join(sorted(differing)[:5])}); "
                             "average networks that were trained on the same ones")
-        probabilities = predict(member.model.to(runtime.device), dataset, np.arange(len(dataset)),
+        probabilities = predict(runtime.place(member.model), dataset, np.arange(len(dataset)),
                                 member.config.image_size, batch_size, runtime)
         total = total + probabilities[:, [member.classes.index(label) for label in classes]]
     return total / len(members)
 
 
-def write_submission(path: Path, ids: pd.Series, predicted: list[str]) -> None:
+def write_submission(path: Path, ids: pd.Series, probabilities: np.ndarray, classes: list[str]) -> None:
     """Write example_id,label with the test file's ids in its order, and read it back before it gets its name."""
-    submission = pd.DataFrame({"example_id": ids.to_numpy(), "label": predicted})
+    predicted = np.array(classes, dtype=object)[probabilities.argmax(axis=1)]
+    submission = pd.DataFrame({"example_id": ids.to_numpy(), "label": predicted}).astype("str")
     with whole_file(path) as temporary:
         submission.to_csv(temporary, index=False)
-        if not pd.read_csv(temporary, dtype=str, na_filter=False).equals(submission.astype("str")):
+        if not pd.read_csv(temporary, dtype=str, na_filter=False).equals(submission):
             raise DataError(f"{path}: what was written does not read back as it was; an id or a label cannot be kept "
                             "in a CSV")
 
 
-# ======================================================================================================================
-# 10. Pictures
-# ======================================================================================================================
-
-
+# ==== 10. Pictures ====================================================================================================
 def symbol_texts(classes: list[str], symbols: dict[str, str]) -> list[str]:
     """What to call each class in a picture: its symbol where matplotlib can draw it, else its label."""
     from matplotlib.mathtext import MathTextParser
@@ -1334,16 +1246,14 @@ def symbol_texts(classes: list[str], symbols: dict[str, str]) -> list[str]:
 
 def plot_class_distribution(path: Path, classes: list[str], targets: np.ndarray, symbols: dict[str, str]) -> None:
     """Bars of the number of labelled images of each class, sorted; of many classes, sixty are named."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     counts = np.bincount(targets, minlength=len(classes))
     order = np.argsort(-counts, kind="stable")
     shown = np.unique(np.linspace(0, len(order) - 1, min(len(order), 60)).round().astype(int))
-    names = symbol_texts(decode_labels(order[shown], classes), symbols)
-    figure, axes = pyplot.subplots(figsize=(14, 5), layout="constrained")
+    names = symbol_texts([classes[number] for number in order[shown]], symbols)
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    axes = figure.subplots()
     axes.bar(range(len(order)), counts[order], width=0.8 if len(order) <= 60 else 1, color="#4477aa")
     axes.set(ylabel="labelled images", xlim=(-0.7, len(order) - 0.3),
              xlabel="" if len(order) <= 60 else f"{len(order)} classes by size, {len(shown)} of them named",
@@ -1357,21 +1267,19 @@ def plot_class_distribution(path: Path, classes: list[str], targets: np.ndarray,
         axes.set_ylim(bottom=1)
     with whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
 
 
-# ======================================================================================================================
-# 11. Commands
-# ======================================================================================================================
-
-
+# ==== 11. Commands ====================================================================================================
 def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, pd.DataFrame, MathSymbolDataset]:
     """Read and check everything before any training: the complete config, training data, test table and images."""
     train_table, test_table = read_train_table(config), read_test_table(config)
     classes = sort_classes(train_table.label)
-    targets = encode_labels(train_table.label, classes)
+    targets = pd.Categorical(train_table.label, categories=classes).codes.astype(np.int64)
     print(describe_classes(classes, targets))
     train_rows, val_rows = split_rows(targets, config)
+    if config.schedule == "plateau" and not len(val_rows):
+        raise UsageError(f"--schedule plateau needs validation rows, and no class has {SMALLEST_CLASS_TO_SPLIT} rows; "
+                         "take --schedule cosine")
     config = complete_config(config, runtime, len(train_rows))
     root = Path(config.data_dir, config.root_dir)
     statistics = look_at_images(root, train_table.image_path.tolist(), config.image_size)
@@ -1396,9 +1304,8 @@ def run(config: Config, started: float) -> None:
     history = fit(config, data, runtime, seconds)
     best = load_checkpoint(folder / "best_model.pth")
     probabilities = ensemble_predict([best], [test_dataset], config.eval_batch_size, runtime)
-    predicted = decode_labels(probabilities.argmax(axis=1), data.classes)
-    write_submission(folder / "submission.csv", test_table.example_id, predicted)
-    write_run_record(folder / "run.json", "run", config, runtime, best.metrics, started)
+    write_submission(folder / "submission.csv", test_table.example_id, probabilities, data.classes)
+    write_run_record(folder / "run.json", config, runtime, best.metrics, started)
     print(describe_result(folder, best.metrics, history, started))
 
 
@@ -1408,6 +1315,8 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     runtime = start_runtime(config)
     paths = [Path(path) for path in checkpoints] or [folder / "best_model.pth"]
     members = [load_checkpoint(path) for path in paths]
+    if config.precision == "auto" and members[0].config.precision == "float32":
+        runtime = dataclasses.replace(runtime, precision="float32")
     table = read_test_table(config)
     datasets = {}
     for statistics in {member.statistics for member in members}:
@@ -1415,15 +1324,14 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
         datasets[statistics] = MathSymbolDataset(images, None, runtime, config.pin_memory)
     probabilities = ensemble_predict(members, [datasets[member.statistics] for member in members],
                                      config.eval_batch_size, runtime)
-    predicted = decode_labels(probabilities.argmax(axis=1), members[0].classes)
-    write_submission(folder / "submission.csv", table.example_id, predicted)
+    write_submission(folder / "submission.csv", table.example_id, probabilities, members[0].classes)
     print(f"wrote {folder / 'submission.csv'}: {len(table):,} rows, the mean of {len(members)} networks, "
           f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")
 
 
-def write_run_record(path: Path, command: str, config: Config, runtime: Runtime, metrics: dict, started: float) -> None:
+def write_run_record(path: Path, config: Config, runtime: Runtime, metrics: dict, started: float) -> None:
     """Write what a run was and gave: settings, versions, device, figures, time and memory."""
-    record = {"command": command, "config": dataclasses.asdict(config), "versions": versions(),
+    record = {"config": dataclasses.asdict(config), "versions": versions(),
               "device": runtime.describe(), "metrics": metrics, "seconds": round(time.monotonic() - started, 1),
               "peak_memory_gb": peak_memory_gb()}
     with whole_file(path) as temporary:
@@ -1463,9 +1371,12 @@ def main(argv: list[str] | None = None) -> int:
             predict_command(config, checkpoints, started)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return error.exit_status
     except OSError as error:  # a full disk, a folder that vanished
         print(f"error: {error.filename or config.output_dir}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        print(f"error: out of memory ({first_line(error)}); try half the --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; best_model.pth holds the best epoch so far, if one was finished", file=sys.stderr)
@@ -1474,4 +1385,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding does not
     sys.exit(main())

@@ -62,8 +62,8 @@ class Command:
         self.data, self.output, self.cache = data, output, cache
 
     def arguments(self, *arguments: str) -> list[str]:
-        return [*arguments, "--data-dir", str(self.data), "--output-dir", str(self.output),
-                "--cache-dir", str(self.cache), "--device", "cpu"]
+        return ["--data-dir", str(self.data), "--output-dir", str(self.output), "--cache-dir", str(self.cache),
+                "--device", "cpu", *arguments]
 
     def __call__(self, *arguments: str, **options) -> subprocess.CompletedProcess:
         timeout = options.pop("timeout", 280)

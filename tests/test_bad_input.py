@@ -5,7 +5,10 @@ import shutil
 
 import pandas as pd
 import pytest
+import torch
 from conftest import QUICK, REPOSITORY
+
+import script
 
 
 def edit(name, change):
@@ -80,8 +83,8 @@ def test_bad_images_of_both_tables_are_listed_before_training(main_in_process, c
     assert "train.csv, row 8" in error and "test.csv, row 5" in error
 
 
-@pytest.mark.parametrize(("content", "message"), [(None, "no such checkpoint"), (b"", "not a readable checkpoint"),
-                                                  (b"PK\x03\x04 rubbish", "not a readable checkpoint")])
+@pytest.mark.parametrize(("content", "message"), [(None, "no such checkpoint"), (b"", "not a whole checkpoint"),
+                                                  (b"PK\x03\x04 rubbish", "not a whole checkpoint")])
 def test_an_unreadable_checkpoint_is_named(main_in_process, command, tmp_path, content, message):
     path = tmp_path / "model.pth"
     if content is not None:
@@ -97,10 +100,42 @@ def test_an_output_folder_that_cannot_be_is_refused_first(main_in_process, comma
     assert status == 1 and "cannot be written to" in error and "--output-dir" in error
 
 
+def test_a_folder_in_the_place_of_an_output_is_refused_first(main_in_process, command):
+    (command.output / "best_model.pth").mkdir(parents=True)
+    status, out, error = main_in_process(*QUICK)
+    assert status == 1 and "a folder stands where" in error and "epoch" not in out
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--device", "cuda:77"], "--device cuda:77 does not work here"),
+    (["--max-minutes", "0.01"], "--max-minutes 0.01 leaves no time to train"),
+    (["--precision", "fp16"], "--precision fp16 trains on a GPU only"),
+])
+def test_settings_that_cannot_be_used_here_are_usage_errors(main_in_process, arguments, message):
+    status, _, error = main_in_process(*QUICK, *arguments)
+    assert status == 2 and message in error and len(error.splitlines()) == 1
+
+
+def test_plateau_without_validation_rows_is_refused(main_in_process, command):
+    table = pd.read_csv(command.data / "train.csv", dtype=str).head(10)  # two of each class
+    table.to_csv(command.data / "train.csv", index=False)
+    status, _, error = main_in_process(*QUICK, "--schedule", "plateau")
+    assert status == 2 and "plateau needs validation rows" in error
+
+
+def test_running_out_of_memory_is_one_line(main_in_process, monkeypatch):
+    def exhaust(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    monkeypatch.setattr(script, "train", exhaust)
+    status, _, error = main_in_process(*QUICK)
+    assert status == 1 and "--batch-size" in error.splitlines()[-1] and "Traceback" not in error
+
+
 def test_the_real_command_has_no_traceback(command):
     (command.data / "train.csv").unlink()
     done = command()
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
     done = command("--num-epochz", "3")
-    assert done.returncode == 2 and "did you mean --num-epochs?" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "did you mean --num-epochs?" in done.stderr
     assert not (REPOSITORY / "submission.csv").exists() or (REPOSITORY / "submission.csv").stat().st_size > 0

@@ -133,10 +133,9 @@ def test_the_classic_preset_runs(main_in_process, command):
 
 
 def test_the_time_limit_ends_in_a_submission(command):
-    started = script.time.monotonic()
     done = command("--max-minutes", "0.25", "--num-epochs", "100000", "--batch-size", "16", "--image-size", "16")
     assert done.returncode == 0, done.stderr
-    assert len(command.submission()) == 30 and script.time.monotonic() - started < 60  # the limit is 15 s and the start
+    assert len(command.submission()) == 30 and len(pd.read_csv(command.output / "history.csv")) < 100_000
 
 
 def test_interruption_is_one_line_and_status_130(main_in_process, monkeypatch):

@@ -152,7 +152,7 @@ def test_processes_decode_the_same_as_this_one(competition, tmp_path, monkeypatc
     assert np.array_equal(load(competition, tmp_path / "b", num_workers=2), alone)
 
 
-def test_the_first_ten_bad_images_are_listed_by_row(competition, tmp_path):
+def test_the_first_ten_bad_images_are_listed_by_row(competition, tmp_path, monkeypatch):
     table = script.read_train_table(Config(data_dir=str(competition)))
     root = competition / "Dataset_Image"
     whole = (root / table.image_path.iloc[0]).read_bytes()
@@ -167,21 +167,39 @@ def test_the_first_ten_bad_images_are_listed_by_row(competition, tmp_path):
     assert len(lines) == 12 and lines[-1] == "  and 4 more"
     for line, position, cause in zip(lines[1:], faults, ["empty", "not an image", "truncated", "no such file"]):
         assert f"train.csv, row {position + 2}: {table.image_path.iloc[position]}: " in line and cause in line
-    assert not (tmp_path / "cache").exists()
+    decoded, real = [], script.decode_images
+    monkeypatch.setattr(script, "decode_images", lambda paths, *rest: decoded.extend(paths) or real(paths, *rest))
+    with pytest.raises(DataError, match="14 images"):
+        load(competition, tmp_path)
+    assert len(decoded) == 14  # the good ones are kept
 
 
-def test_batches_are_the_rows_asked_for_resident_or_streamed():
+def test_batches_are_the_rows_asked_for_resident_or_streamed(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)
     runtime = script.start_runtime(Config(device="cpu"))
     dataset = MathSymbolDataset(images, np.arange(20), runtime)
     steps = [np.array([3, 1]), np.array([19]), np.array([0, 7, 7])]
     assert len(dataset) == 20 and dataset[4][1] == 4 and dataset[4][0].max() <= 1
+    monkeypatch.setattr(script.Runtime, "has_room_for", lambda *_: False)  # as if too large for the device
     streamed = MathSymbolDataset(images, np.arange(20), runtime)
-    streamed.device = torch.device("meta")  # as if the images were too large for the device: the other branch
-    streamed.batch = dataset.batch
     for source in (dataset, streamed):
-        for rows, (batch, targets) in zip(steps, source.batches(steps), strict=True):
+        for rows, (batch, targets) in zip(steps, map(source.batch, steps), strict=True):
             assert np.array_equal(batch.numpy(), images[rows]) and targets.tolist() == rows.tolist()
+
+
+def test_images_on_a_gpu_stay_there(monkeypatch):
+    """What is resident is not pinned: a tensor on cuda:0 is not said to be on cuda, and pinning it fails."""
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pytest.fail("pinned"))
+    runtime, rows = script.Runtime(torch.device("cuda"), "bf16", 1), np.array([2, 0])
+    monkeypatch.setattr(script.Runtime, "has_room_for", lambda *_: True)
+    resident = MathSymbolDataset(np.zeros((4, 1, 8, 8), dtype=np.uint8), np.arange(4), runtime)
+    assert resident.batch(rows)[1].tolist() == [2, 0]
+    monkeypatch.setattr(script.Runtime, "has_room_for", lambda *_: False)
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(self) or self)
+    MathSymbolDataset(np.zeros((4, 1, 8, 8), dtype=np.uint8), np.arange(4), runtime).batch(rows)
+    assert len(pinned) == 2
 
 
 def test_symbols_come_from_classes_csv(competition):

@@ -46,6 +46,7 @@ def test_harmless_forms_are_read(tmp_path, content):
     ("image_path,label\na.png,1\nb.png,2,3,4\n", "train.csv: not a readable CSV table"),
     (b"\xff\xfe\x00\x01\x02binary", "train.csv: not a readable CSV table"),
     ('image_path,label\n"a.png,1\n', "train.csv: not a readable CSV table"),
+    ("image_path,label\na.png,1,2\nb.png,2,3\n", "quotes around a cell"),
 ])
 def test_bad_tables_are_refused_by_row(tmp_path, content, message):
     with pytest.raises(DataError) as error:
@@ -69,9 +70,6 @@ def test_labels_come_back_as_they_were():
     written = pd.Series(["40", "7", "007", "NA", "\\pi", "1400", "7", "-3"])
     classes = script.sort_classes(written)
     assert classes == ["-3", "007", "7", "40", "1400", "NA", "\\pi"]
-    numbers = script.encode_labels(written, classes)
-    assert numbers.tolist() == [3, 2, 1, 5, 6, 4, 2, 0] and numbers.dtype == np.int64
-    assert script.decode_labels(numbers, classes) == written.tolist()
 
 
 def test_the_split_is_stratified_and_decided_by_split_seed_alone():
@@ -83,6 +81,13 @@ def test_the_split_is_stratified_and_decided_by_split_seed_alone():
     assert not np.array_equal(val, split_rows(targets, Config(split_seed=1))[1])
 
 
+@pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.999])
+def test_no_class_loses_all_its_rows_or_none(share):
+    train, val = split_rows(np.repeat(np.arange(3), [4, 5, 200]), Config(train_val_split=share))
+    assert np.bincount(np.repeat(np.arange(3), [4, 5, 200])[train]).min() >= 1
+    assert np.bincount(np.repeat(np.arange(3), [4, 5, 200])[val]).min() >= 1
+
+
 def test_a_split_of_one_trains_on_all_rows():
     train, val = split_rows(np.arange(6) % 2, Config(train_val_split=1))
     assert train.tolist() == list(range(6)) and len(val) == 0
@@ -92,3 +97,14 @@ def test_small_classes_and_imbalance_are_named():
     labels = ["a", "b", "c"]
     text = script.describe_classes(labels, np.repeat([0, 1, 2], [30, 3, 10]))
     assert "43 labelled images of 3 classes, 3 to 30 a class (imbalance 10.0 to 1)" in text and text.endswith(": b")
+
+
+def test_a_table_in_a_damaged_archive_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"train.csv.gz: not a readable CSV table"):
+        read_table(write(tmp_path, b"not gzip", "train.csv.gz"), ("image_path", "label"))
+
+
+def test_a_wrong_classes_csv_is_a_warning(tmp_path, capsys):
+    write(tmp_path, "id,name\n1,2\n", "classes.csv")
+    assert script.read_symbols(Config(data_dir=str(tmp_path))) == {}
+    assert "no column 'label'" in capsys.readouterr().err
