@@ -114,6 +114,7 @@ class Config:
     contrast: float = 0.0               # bend of the grey levels between paper and full ink
     erasing: float = 0.0                # probability that a rectangle is erased
     erasing_size: float = 0.33          # longest side of that rectangle, as a share of the image's
+    soften: float = 0.1                 # validation, prediction: share of ink that each neighbour gets, as by a warp
 
     # Machine
     eval_batch_size: int = 512          # images in a step of validation and prediction
@@ -138,7 +139,7 @@ LIMITS = {
     "label_smoothing": (0, 0.99), "mixup_alpha": (1e-3, math.inf), "average_decay": (0, 0.999999),
     "train_val_split": (0.01, 1), "rotation": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 1),
     "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1),
-    "erasing_size": (0.01, 1), "num_workers": (-1, 1024),
+    "erasing_size": (0.01, 1), "soften": (0, 0.25), "num_workers": (-1, 1024),
 }
 
 # What "auto" stands for, by model: the best seen on validation rows (benchmarks/RESULTS.md).
@@ -717,11 +718,17 @@ class MathSymbolDataset(torch.utils.data.Dataset):
         return tuple(part.to(self.device, non_blocking=self.pin_memory) for part in picked)
 
 
-def to_input(images: Tensor, image_size: int) -> Tensor:
-    """What the network sees of unchanged images: uint8 [B, 1, S, S] to ink 0..1 [B, 1, image_size, image_size]."""
+def to_input(images: Tensor, config: Config) -> Tensor:
+    """What the network sees of unchanged images: uint8 [B, 1, S, S] to ink 0..1 [B, 1, image_size, image_size].
+
+    Augmentation resamples, which softens edges; a network that was trained on soft edges is shown soft edges.
+    """
     ink = images.float().div_(255)
-    if ink.shape[-1] != image_size:
-        ink = F.interpolate(ink, size=(image_size, image_size), mode="bilinear", align_corners=False)
+    if ink.shape[-1] != config.image_size:
+        return F.interpolate(ink, size=(config.image_size, config.image_size), mode="bilinear", align_corners=False)
+    if config.augment and config.soften:
+        line = torch.tensor([config.soften, 1 - 2 * config.soften, config.soften], device=ink.device)
+        ink = F.conv2d(ink, torch.outer(line, line)[None, None], padding=1)
     return ink
 
 
@@ -1035,7 +1042,7 @@ class Learner:
         config, seed = self.config, seed_of(self.config, epoch, self.step)
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
         torch.manual_seed(seed ^ 1)  # dropout draws from the global generator
-        inputs = augment(images, config, generator) if config.augment else to_input(images, config.image_size)
+        inputs = augment(images, config, generator) if config.augment else to_input(images, config)
         targets = F.one_hot(classes, self.num_classes).float()
         if config.mixup:
             inputs, targets = mixup_data(inputs, targets, config.mixup_alpha, seed)
@@ -1102,7 +1109,7 @@ def validate(model: nn.Module, data: TrainingData, config: Config, runtime: Runt
     """val_loss, val_accuracy and val_class_accuracy on the validation rows; empty if there are none."""
     if not len(data.val_rows):
         return {}
-    probabilities = predict(model, data.dataset, data.val_rows, config.image_size, config.eval_batch_size, runtime)
+    probabilities = predict(model, data.dataset, data.val_rows, config, config.eval_batch_size, runtime)
     return score(probabilities, data.targets[data.val_rows])
 
 
@@ -1171,7 +1178,7 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     rows = data.train_rows[: config.eval_batch_size]
     for _ in range(2):  # the first is slowed by set-up
         begun = time.monotonic()
-        predict(model, data.dataset, rows, config.image_size, config.eval_batch_size, runtime)
+        predict(model, data.dataset, rows, config, config.eval_batch_size, runtime)
     per_image = (time.monotonic() - begun) / len(rows)
     reserve = 5 + 1.5 * per_image * (len(data.val_rows) + test_rows)
     left = started + 60 * config.max_minutes - time.monotonic() - reserve
@@ -1183,15 +1190,18 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
 
 # ==== 9. Prediction ===================================================================================================
 @torch.inference_mode()
-def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, image_size: int, batch_size: int,
+def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config, batch_size: int,
             runtime: Runtime) -> np.ndarray:
-    """Probabilities, float32 [rows, classes], in the order of `rows`, each scattered to its own place."""
+    """Probabilities, float32 [rows, classes], in the order of `rows`, each scattered to its own place.
+
+    The config is the network's own, for its input.
+    """
     model.eval()
     places = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / batch_size))
     probabilities = None
     for place in places:
         with runtime.autocast():
-            logits = model(to_input(dataset.batch(rows[place])[0], image_size))
+            logits = model(to_input(dataset.batch(rows[place])[0], config))
         if probabilities is None:
             probabilities = np.full((len(rows), logits.shape[1]), np.nan, dtype=np.float32)
         probabilities[place] = logits.float().softmax(dim=1).cpu().numpy()
@@ -1213,7 +1223,7 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
             raise DataError(f"the checkpoints know different classes ({', '.join(sorted(differing)[:5])}); "
                             "average networks that were trained on the same ones")
         probabilities = predict(runtime.place(member.model), dataset, np.arange(len(dataset)),
-                                member.config.image_size, batch_size, runtime)
+                                member.config, batch_size, runtime)
         total = total + probabilities[:, [member.classes.index(label) for label in classes]]
     return total / len(members)
 

@@ -9,8 +9,8 @@ import torch
 import script
 from script import Config, augment, to_input
 
-STILL = Config(image_size=32, rotation=0, scale=0, shear=0, shift=0, perspective=0, elastic=0, brightness=0, contrast=0,
-               erasing=0)
+STILL = Config(image_size=32, rotation=0, scale=0, shear=0, shift=0, perspective=0, elastic=0, brightness=0,
+               contrast=0, erasing=0, soften=0)
 STRONG = Config(image_size=48, rotation=25, scale=0.3, shear=0.3, shift=0.2, perspective=0.3, elastic=0.2,
                 brightness=0.5, contrast=0.8, erasing=0.9)
 
@@ -48,9 +48,10 @@ def test_new_pixels_are_paper():
 
 def test_no_change_is_the_identity():
     images = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8, generator=seeded())
-    assert torch.allclose(augment(images, STILL, seeded()), to_input(images, 32), atol=1e-5)
-    larger = augment(pages(), dataclasses.replace(STILL, image_size=48), seeded())
-    assert larger.shape == (16, 1, 48, 48) and torch.allclose(larger, to_input(pages(), 48), atol=1e-4)
+    assert torch.allclose(augment(images, STILL, seeded()), to_input(images, STILL), atol=1e-5)
+    large = dataclasses.replace(STILL, image_size=48)
+    larger = augment(pages(), large, seeded())
+    assert larger.shape == (16, 1, 48, 48) and torch.allclose(larger, to_input(pages(), large), atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["rotation", "scale", "shear", "shift", "perspective", "elastic", "brightness",
@@ -76,7 +77,7 @@ def test_the_same_generator_gives_the_same_batch():
 
 def test_rotation_and_scale_do_what_they_say(monkeypatch):
     """The ink's centre turns by the drawn angle about the image's, and its distance grows by the drawn scale."""
-    before = centre(to_input(pages(200), 32))
+    before = centre(to_input(pages(200), STILL))
     turned = centre(augment(pages(200), dataclasses.replace(STILL, rotation=20.0), seeded()))
     angles = torch.rad2deg(torch.atan2(turned[:, 1], turned[:, 0]) - torch.atan2(before[:, 1], before[:, 0]))
     assert angles.abs().max() < 20.5 and angles.min() < -17 and angles.max() > 17
@@ -88,7 +89,7 @@ def test_rotation_and_scale_do_what_they_say(monkeypatch):
 
 def test_shift_is_a_share_of_the_side():
     shifted = centre(augment(pages(200), dataclasses.replace(STILL, shift=0.1), seeded()))
-    moved = shifted - centre(to_input(pages(200), 32))
+    moved = shifted - centre(to_input(pages(200), STILL))
     assert 0.18 < moved.abs().max() < 0.205  # of a span of 2
 
 
@@ -98,6 +99,15 @@ def test_erasing_hits_its_share_of_the_images():
     erased = augment(full, config, seeded()) == 0
     holes = erased.sum(dim=(1, 2, 3))
     assert 0.15 < (holes > 0).float().mean() < 0.32 and holes.max() <= 17 * 17
+
+
+def test_what_is_not_resampled_is_softened_alike():
+    dot = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    dot[:, :, 10, 20] = 255
+    soft = to_input(dot, dataclasses.replace(STILL, soften=0.1))
+    assert torch.allclose(soft[0, 0, 10, 19:22], torch.tensor([0.08, 0.64, 0.08])) and soft[0].sum() == pytest.approx(1)
+    assert torch.equal(to_input(dot, dataclasses.replace(STILL, soften=0.1, augment=False)), dot / 255)
+    assert to_input(dot * 0, dataclasses.replace(STILL, soften=0.1)).abs().max() == 0
 
 
 def test_all_geometry_is_one_resampling(monkeypatch):

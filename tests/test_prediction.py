@@ -26,18 +26,18 @@ def member(seed: int, classes: list[str], **settings) -> Trained:
 
 def test_probabilities_stand_where_their_rows_do():
     model, data = script.build_model(CONFIG, 5), dataset()
-    whole = script.predict(model, data, np.arange(23), 8, 100, CPU)
+    whole = script.predict(model, data, np.arange(23), CONFIG, 100, CPU)
     assert whole.shape == (23, 5) and np.allclose(whole.sum(axis=1), 1, atol=1e-5)
     rows = np.random.default_rng(1).permutation(23)
     for batch_size in (1, 4, 23):
-        assert np.allclose(script.predict(model, data, rows, 8, batch_size, CPU), whole[rows], atol=1e-6)
+        assert np.allclose(script.predict(model, data, rows, CONFIG, batch_size, CPU), whole[rows], atol=1e-6)
 
 
 def test_a_network_without_numbers_is_an_error():
     model = script.build_model(CONFIG, 5)
     torch.nn.init.constant_(model.head[1].weight, float("nan"))
     with pytest.raises(DataError, match="training diverged"):
-        script.predict(model, dataset(), np.arange(23), 8, 10, CPU)
+        script.predict(model, dataset(), np.arange(23), CONFIG, 10, CPU)
 
 
 def test_an_ensemble_is_the_mean_of_its_members_by_class_name():
