@@ -60,7 +60,6 @@ from tqdm import tqdm
 
 # ==== 1. Config: every number that a user tunes; a field is also a flag (`--num-epochs 5`), its comment the help ======
 
-
 @dataclass(frozen=True)
 class Config:
     """All settings of a run. None ("auto" on the command line) takes the value of the model's recipe in RECIPES.
@@ -251,6 +250,7 @@ def complete_config(config: Config, runtime: "Runtime", training_rows: int) -> C
 
 
 # ==== 2. Runtime: device, precision and seeds, and how a file gets its name ===========================================
+
 class DataError(Exception):
     """Something that the user gave is wrong: a message that names the file, the row and the remedy."""
 
@@ -385,6 +385,7 @@ def output_folder(config: Config) -> Path:
 
 
 # ==== 3. Tables and labels ============================================================================================
+
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """Read a CSV's named columns, every cell as the text it is, and refuse cells that are empty.
 
@@ -494,6 +495,7 @@ def read_symbols(config: Config) -> dict[str, str]:
 
 
 # ==== 4. Images: decoded once into one uint8 array, ink high and paper zero; augmented by batch on the device =========
+
 CACHE_FORMAT = 1  # to be raised when decoding changes, so that older caches are not used
 DECODE_CHUNK = 1000
 
@@ -801,6 +803,7 @@ def erase(ink: Tensor, config: Config, generator: torch.Generator) -> Tensor:
 
 
 # ==== 5. Models: [B, 1, any size, any size] to logits [B, classes] ====================================================
+
 def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
     """Convolution and batch norm, which makes a bias superfluous."""
     return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
@@ -883,6 +886,7 @@ def summarize_model(model: nn.Module, image_size: int) -> str:
 
 
 # ==== 6. Loss, mixup, metrics =========================================================================================
+
 def mixup_data(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tuple[Tensor, Tensor]:
     """Blend each image [B, 1, H, W] with its neighbour in the batch, and their targets [B, K] alike (arXiv:1710.09412).
 
@@ -906,6 +910,7 @@ def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 
 
 # ==== 7. Checkpoints ==================================================================================================
+
 def save_checkpoint(path: Path, model: nn.Module, config: Config, classes: list[str], statistics: ImageStatistics,
                     metrics: dict) -> None:
     """Write all that prediction needs: plain weights, settings, classes, and how images are prepared."""
@@ -949,6 +954,7 @@ def load_checkpoint(path: Path) -> Trained:
 
 
 # ==== 8. Training =====================================================================================================
+
 @dataclass(frozen=True)
 class TrainingData:
     """What `fit` learns from: a dataset with its labels and the positions of its training and validation rows."""
@@ -1189,6 +1195,7 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
 
 
 # ==== 9. Prediction ===================================================================================================
+
 @torch.inference_mode()
 def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config, batch_size: int,
             runtime: Runtime) -> np.ndarray:
@@ -1240,6 +1247,7 @@ def write_submission(path: Path, ids: pd.Series, probabilities: np.ndarray, clas
 
 
 # ==== 10. Pictures ====================================================================================================
+
 def symbol_texts(classes: list[str], symbols: dict[str, str]) -> list[str]:
     """What to call each class in a picture: its symbol where matplotlib can draw it, else its label."""
     from matplotlib.mathtext import MathTextParser
@@ -1280,6 +1288,7 @@ def plot_class_distribution(path: Path, classes: list[str], targets: np.ndarray,
 
 
 # ==== 11. Commands ====================================================================================================
+
 def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, pd.DataFrame, MathSymbolDataset]:
     """Read and check everything before any training: the complete config, training data, test table and images."""
     train_table, test_table = read_train_table(config), read_test_table(config)
