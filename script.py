@@ -144,7 +144,7 @@ LIMITS = {
 # What "auto" stands for, by model: the best seen on validation rows (benchmarks/RESULTS.md).
 RECIPES = {
     "resnet": {"image_size": 48, "batch_size": 256, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.2},
-    "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 5, "dropout": 0.3},
+    "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.3},
 }
 
 # The recipes of the projects that this one grew out of: `--preset NAME`, or Config(**PRESETS[NAME]).
@@ -1186,7 +1186,7 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
         begun = time.monotonic()
         predict(model, data.dataset, rows, config, config.eval_batch_size, runtime)
     per_image = (time.monotonic() - begun) / len(rows)
-    reserve = 5 + 1.5 * per_image * (len(data.val_rows) + test_rows)
+    reserve = 10 + 1.5 * per_image * (len(data.val_rows) + test_rows)  # ten seconds to import, to write and to exit
     left = started + 60 * config.max_minutes - time.monotonic() - reserve
     if left <= 0:
         raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: the start took "
@@ -1380,7 +1380,7 @@ def describe_result(folder: Path, metrics: dict, history: pd.DataFrame, started:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; gives the exit status: 0, 1 for bad data (one line on stderr), 130 for Ctrl-C."""
+    """Run a command line; gives the exit status: 0, 1 for bad data, 2 for bad usage, 130 for Ctrl-C."""
     started = time.monotonic()
     command, checkpoints, config = parse_command_line(argv)
     try:
