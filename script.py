@@ -403,26 +403,36 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     except Exception as error:  # pandas, codecs and decompressors each raise their own
         raise DataError(f"{path}: not a readable CSV table ({first_line(error)}); save it as UTF-8, "
                         "with commas between cells and quotes around a cell that holds one") from None
-    table.columns = found = table.columns.str.strip()
-    for name in columns:
+    table.columns = table.columns.str.strip()
+    check_columns(path, table.columns, columns)
+    table = table[list(columns)].fillna("")  # a row that is too short gets NaN even so
+    filled = (table != "").any(axis=1).to_numpy().nonzero()[0]
+    table = table.iloc[: filled[-1] + 1 if len(filled) else 0]  # blank lines may end a file
+    table.index, table.attrs["path"] = pd.RangeIndex(2, len(table) + 2), str(path)
+    check_cells(path, table)
+    return table
+
+
+def check_columns(path: Path, found: pd.Index, wanted: tuple[str, ...]) -> None:
+    """Raise DataError if a column is missing or stands there twice."""
+    for name in wanted:
         if name not in found:
             near = difflib.get_close_matches(name, found, 1, 0.7)
             hint = f"rename {near[0]!r}" if near and len(found) > 1 else "is it separated by commas?"
             raise DataError(f"{path}: no column {name!r} in its header ({', '.join(found)}); {hint}")
         if list(found).count(name) > 1 or f"{name}.1" in found:
             raise DataError(f"{path}: the column {name!r} stands there twice; remove one")
-    table = table[list(columns)].fillna("")  # a row that is too short gets NaN even so
-    filled = (table != "").any(axis=1).to_numpy().nonzero()[0]
-    table = table.iloc[: filled[-1] + 1 if len(filled) else 0]  # blank lines may end a file
-    table.index, table.attrs["path"] = pd.RangeIndex(2, len(table) + 2), str(path)
+
+
+def check_cells(path: Path, table: pd.DataFrame) -> None:
+    """Raise DataError for a table without rows or with an empty cell."""
     if table.empty:
         raise DataError(f"{path}: the table has a header and no rows; is it the right file?")
-    for name in columns:
+    for name in table.columns:
         empty = table.index[table[name].str.strip() == ""]
         if len(empty):
             more = f" (and {len(empty) - 1} more rows)" if len(empty) > 1 else ""
             raise DataError(f"{path}, row {empty[0]}{more}: {name} is empty; fill it in or remove the row")
-    return table
 
 
 def read_train_table(config: Config) -> pd.DataFrame:
@@ -988,7 +998,10 @@ def schedule_factor(config: Config, progress: float) -> float:
 
 
 class AveragedWeights:
-    """Exponential moving average of weights and batch-norm statistics, with a decay that warms up."""
+    """Exponential moving average of weights and batch-norm statistics, with a decay that warms up.
+
+    torch's AveragedModel counts its updates on the device: a decay that depends on the count would wait for it.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = copy.deepcopy(model).requires_grad_(False).eval(), decay
