@@ -25,6 +25,7 @@ The rooms, in the order of an image's way from a CSV row to a submission row. To
 
 import argparse
 import copy
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -106,9 +107,11 @@ class Config:
     rotation: float = 8.0               # degrees to either side
     scale: float = 0.06                 # share by which an image grows or shrinks
     shear: float = 0.1                  # slant: sideways share of the height
+    stretch: float = 0.0                # share by which the width changes against the height
     shift: float = 0.03                 # share of the side
     perspective: float = 0.0            # how much nearer one edge is than the middle
     elastic: float = 0.05               # deviation of a 5x5 grid's smooth displacements, as a share of half the side
+    refit: bool = True                  # warped ink keeps its middle and its longer side, but for scale and shift
     brightness: float = 0.0             # share by which ink is made fainter
     contrast: float = 0.0               # bend of the grey levels between paper and full ink
     erasing: float = 0.0                # probability that a rectangle is erased
@@ -136,9 +139,9 @@ LIMITS = {
     "image_size": (8, 1024), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf), "num_epochs": (1, math.inf),
     "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "warmup": (0, 1), "plateau_factor": (1e-6, 0.999),
     "label_smoothing": (0, 0.99), "mixup_alpha": (1e-3, math.inf), "average_decay": (0, 0.999999),
-    "train_val_split": (0.01, 1), "rotation": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "shift": (0, 1),
-    "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1),
-    "erasing_size": (0.01, 1), "soften": (0, 0.25), "num_workers": (-1, 1024),
+    "train_val_split": (0.01, 1), "rotation": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "stretch": (0, 1),
+    "shift": (0, 1), "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1),
+    "erasing": (0, 1), "erasing_size": (0.01, 1), "soften": (0, 0.25), "num_workers": (-1, 1024),
 }
 
 # What "auto" stands for, by model: the best seen on validation rows (benchmarks/RESULTS.md).
@@ -153,7 +156,7 @@ PRESETS = {
         "batch_size": 32, "learning_rate": 3e-4, "weight_decay": 2e-5, "num_epochs": 20, "image_size": 48,
         "dropout": 0.5, "mixup": True, "mixup_alpha": 0.4, "schedule": "plateau", "warmup": 0.0, "label_smoothing": 0.0,
         "average_decay": 0.0, "rotation": 15.0, "scale": 0.1, "shear": 0.1, "shift": 0.1, "perspective": 0.1,
-        "elastic": 0.0, "brightness": 0.2, "contrast": 0.2, "erasing": 0.2,
+        "elastic": 0.0, "refit": False, "brightness": 0.2, "contrast": 0.2, "erasing": 0.2,
     },
 }
 
@@ -310,8 +313,24 @@ def start_runtime(config: Config) -> Runtime:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
+    if device.type == "cpu":
+        keep_freed_memory()
     gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
     return Runtime(device, precision, gpus)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to a gigabyte of what is freed (mallopt(3)); nothing where there is another C library.
+
+    Every step asks for the same megabytes again, and the faults of fresh pages took a tenth of its time.
+    """
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(mmap_threshold, 32 << 20)  # the most that it takes
+    mallopt(trim_threshold, 1 << 30)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -758,19 +777,43 @@ def warp_basis(size: int, device: torch.device) -> Tensor:
     return torch.cat([torch.stack([x, y, torch.ones_like(x)]).flatten(1), bumps.flatten(1)])
 
 
-def draw_warps(count: int, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_warps(images: Tensor, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Each image's own warp: weights of warp_basis for the source's x and y [B, 2, 28], and of the horizon [B, 2]."""
-    device = generator.device
+    count, device = len(images), generator.device
 
     def uniform(reach: float, *shape: int) -> Tensor:
         return torch.empty(count, *shape, device=device).uniform_(-reach, reach, generator=generator)
 
-    angle, slant, size = uniform(math.radians(config.rotation)), uniform(config.shear), 1 + uniform(config.scale)
-    cos, sin = angle.cos() / size, angle.sin() / size  # the warp looks up sources, so it divides by the size
-    affine = torch.stack([cos, slant * cos - sin, sin, slant * sin + cos], dim=1).view(count, 2, 2)
-    shift = uniform(2 * config.shift, 2, 1)  # the image spans -1..1
+    angle, slant, wide = uniform(math.radians(config.rotation)), uniform(config.shear), uniform(config.stretch).exp()
+    cos, sin = angle.cos(), angle.sin()
+    affine = torch.stack([cos * wide, slant * cos - sin, sin * wide, slant * sin + cos], dim=1).view(count, 2, 2)
     bumps = torch.randn(count, 2, ELASTIC_GRID**2, device=device, generator=generator) * config.elastic
-    return torch.cat([affine, shift, bumps], dim=2), uniform(config.perspective, 2)
+    shift = uniform(2 * config.shift, 2, 1)  # the image spans -1..1
+    if config.refit:
+        affine, centre = refit(images, affine, bumps)
+        shift = shift + centre
+    size = 1 + uniform(config.scale, 1, 1)  # the warp looks up sources, so it divides by the size
+    return torch.cat([affine / size, shift, bumps], dim=2), uniform(config.perspective, 2)
+
+
+def refit(images: Tensor, affine: Tensor, bumps: Tensor) -> tuple[Tensor, Tensor]:
+    """The affine parts [B, 2, 2] and shifts [B, 2, 1] with which a warp leaves each image's ink in its own place.
+
+    Drawn symbols come cut out and scaled to fill their image: where a symbol is turned, so is what it is cut out by.
+    The ink's longer side and its middle stay what they were.
+    """
+    basis = warp_basis(images.shape[-1], images.device)
+    ink = (images > 127).flatten(2)
+    unwarped = basis[:2] - bumps @ basis[3:]  # where a source goes, but for the affine part: bumps are small and smooth
+
+    def box(points: Tensor) -> tuple[Tensor, Tensor]:
+        low, high = points.where(ink, 9.0).amin(dim=2), points.where(ink, -9.0).amax(dim=2)
+        return (low + high) / 2, ((high - low) / 2).amax(dim=1).clamp(min=0.1)
+
+    middle, reach = box(basis[:2].expand_as(unwarped))
+    new_middle, new_reach = box(torch.linalg.inv_ex(affine).inverse @ unwarped)
+    ratio = (new_reach / reach).where(ink.any(dim=2).squeeze(1), 1.0)[:, None, None]
+    return affine * ratio, affine @ (new_middle[:, :, None] - ratio * middle[:, :, None])
 
 
 def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
@@ -779,7 +822,7 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
     Each image has its own draw. All geometry is one bilinear resampling, and pixels from outside are paper.
     """
     count, size = len(images), config.image_size
-    weights, horizon = draw_warps(count, config, generator)
+    weights, horizon = draw_warps(images, config, generator)
     basis = warp_basis(size, images.device)
     grid = weights.view(count * 2, -1).mm(basis).view(count, 2, -1)
     if config.perspective:
@@ -907,16 +950,17 @@ def mixup_data(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tupl
 
 
 def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-    """Cross-entropy, accuracy and mean per-class accuracy of probabilities [N, K]; accuracies as fractions.
+    """Cross-entropy, accuracy, top-3 and mean per-class accuracy of probabilities [N, K]; accuracies as fractions.
 
     A class without a row among the targets does not count in the per-class mean.
     """
     true = probabilities[np.arange(len(targets)), targets]
+    among_three = (probabilities > true[:, None]).sum(axis=1) < 3
     hits = probabilities.argmax(axis=1) == targets
     counts = np.bincount(targets)
     per_class = np.bincount(targets, weights=hits)[counts > 0] / counts[counts > 0]
     return {"val_loss": float(-np.log(np.maximum(true, 1e-12)).mean()), "val_accuracy": float(hits.mean()),
-            "val_class_accuracy": float(per_class.mean())}
+            "val_top3_accuracy": float(among_three.mean()), "val_class_accuracy": float(per_class.mean())}
 
 
 # ==== 7. Checkpoints ==================================================================================================
@@ -1132,8 +1176,8 @@ def validate(model: nn.Module, data: TrainingData, config: Config, runtime: Runt
     return score(probabilities, data.targets[data.val_rows])
 
 
-HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_class_accuracy",
-                   "learning_rate", "seconds"]
+HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top3_accuracy",
+                   "val_class_accuracy", "learning_rate", "seconds"]
 
 
 def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = math.inf) -> pd.DataFrame:
@@ -1182,7 +1226,7 @@ def describe_epoch(row: dict, epochs: int, images_per_second: float) -> str:
             f"accuracy {row['train_accuracy']:6.2%}")
     if "val_loss" in row:
         text += (f"  val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:6.2%} "
-                 f"per class {row['val_class_accuracy']:6.2%}")
+                 f"top 3 {row['val_top3_accuracy']:6.2%} per class {row['val_class_accuracy']:6.2%}")
     return text + f"  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s  {images_per_second:,.0f} images/s"
 
 
@@ -1246,6 +1290,38 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
                                 member.config, batch_size, runtime)
         total = total + probabilities[:, [member.classes.index(label) for label in classes]]
     return total / len(members)
+
+
+def member_datasets(members: list[Trained], table: pd.DataFrame, rows: np.ndarray, config: Config,
+                    runtime: Runtime) -> list[MathSymbolDataset]:
+    """These rows of a table as each member's dataset, its images prepared in the member's way."""
+    datasets = {}
+    for statistics in {member.statistics for member in members}:
+        images = load_all_images([table], config, statistics)[0]
+        picked = images if len(rows) == len(images) else images[rows]
+        datasets[statistics] = MathSymbolDataset(picked, None, runtime, config.pin_memory)
+    return [datasets[member.statistics] for member in members]
+
+
+def validation_datasets(members: list[Trained], config: Config,
+                        runtime: Runtime) -> tuple[list[MathSymbolDataset], np.ndarray]:
+    """The validation rows that the members share, as each one's dataset, and their class numbers [rows].
+
+    The config says where the labelled table is. Raises DataError where the members were split in different ways, since
+    some would be scored on rows that they were trained on, or where the table is not the one they were trained on.
+    """
+    if len({(member.config.split_seed, member.config.train_val_split) for member in members}) > 1:
+        raise DataError("the checkpoints were split by different --split-seed or --train-val-split: what one was "
+                        "trained on, another would be validated on; score them one by one")
+    table, classes = read_train_table(config), members[0].classes
+    if set(table.label) != set(classes):
+        raise DataError(f"{table.attrs['path']}: not the classes that the checkpoint was trained on; name its own "
+                        "table with --data-dir")
+    targets = pd.Categorical(table.label, categories=classes).codes.astype(np.int64)
+    rows = split_rows(targets, members[0].config)[1]
+    if not len(rows):
+        raise DataError("the checkpoint was trained on every row (--train-val-split 1): none is left to validate on")
+    return member_datasets(members, table, rows, config, runtime), targets[rows]
 
 
 def write_submission(path: Path, ids: pd.Series, probabilities: np.ndarray, classes: list[str]) -> None:
@@ -1350,12 +1426,8 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     if config.precision == "auto" and members[0].config.precision == "float32":
         runtime = dataclasses.replace(runtime, precision="float32")
     table = read_test_table(config)
-    datasets = {}
-    for statistics in {member.statistics for member in members}:
-        images = load_all_images([table], config, statistics)[0]
-        datasets[statistics] = MathSymbolDataset(images, None, runtime, config.pin_memory)
-    probabilities = ensemble_predict(members, [datasets[member.statistics] for member in members],
-                                     config.eval_batch_size, runtime)
+    datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
+    probabilities = ensemble_predict(members, datasets, config.eval_batch_size, runtime)
     write_submission(folder / "submission.csv", table.example_id, probabilities, members[0].classes)
     print(f"wrote {folder / 'submission.csv'}: {len(table):,} rows, the mean of {len(members)} networks, "
           f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")
@@ -1385,7 +1457,8 @@ def describe_result(folder: Path, metrics: dict, history: pd.DataFrame, started:
     seconds = time.monotonic() - started
     text = f"kept epoch {metrics['epoch']} of {len(history)}"
     if "val_accuracy" in metrics:
-        text += (f": validation accuracy {metrics['val_accuracy']:.2%}, per class {metrics['val_class_accuracy']:.2%} "
+        text += (f": validation accuracy {metrics['val_accuracy']:.2%}, top 3 {metrics['val_top3_accuracy']:.2%}, "
+                 f"per class {metrics['val_class_accuracy']:.2%} "
                  f"(of the rows that chose the epoch; the last one had {history.val_accuracy.iloc[-1]:.2%})")
     return (f"{text}\nwrote best_model.pth, submission.csv, history.csv, class_distribution.png and run.json in "
             f"{folder.resolve()}\ntotal time {int(seconds) // 60} min {seconds % 60:.0f} s, "

@@ -10,9 +10,6 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-import numpy as np
-import pandas as pd
-
 import script
 
 SHARES = (0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
@@ -25,19 +22,14 @@ def main() -> None:
     parser.add_argument("--cache-dir", default="")
     given = parser.parse_args()
     trained = script.load_checkpoint(given.checkpoint)
-    config = dataclasses.replace(trained.config, data_dir=given.data_dir, cache_dir=given.cache_dir)
+    config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
     runtime = script.start_runtime(config)
-    table = script.read_train_table(config)
-    targets = pd.Categorical(table.label, categories=trained.classes).codes.astype(np.int64)
-    rows = script.split_rows(targets, config)[1]
-    images = script.load_all_images([table], config, trained.statistics)[0]
-    dataset = script.MathSymbolDataset(images, targets, runtime)
-    model = runtime.place(trained.model)
+    datasets, targets = script.validation_datasets([trained], config, runtime)
     for share in SHARES:
-        softer = dataclasses.replace(config, soften=share)
-        figures = script.score(script.predict(model, dataset, rows, softer, 512, runtime), targets[rows])
+        softer = dataclasses.replace(trained, config=dataclasses.replace(trained.config, soften=share))
+        figures = script.score(script.ensemble_predict([softer], datasets, 512, runtime), targets)
         print(f"soften {share:<6} loss {figures['val_loss']:.4f}  accuracy {figures['val_accuracy']:.2%}  "
-              f"per class {figures['val_class_accuracy']:.2%}", flush=True)
+              f"top 3 {figures['val_top3_accuracy']:.2%}  per class {figures['val_class_accuracy']:.2%}", flush=True)
 
 
 if __name__ == "__main__":

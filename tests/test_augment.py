@@ -9,10 +9,10 @@ import torch
 import script
 from script import Config, augment, to_input
 
-STILL = Config(image_size=32, rotation=0, scale=0, shear=0, shift=0, perspective=0, elastic=0, brightness=0,
-               contrast=0, erasing=0, soften=0)
-STRONG = Config(image_size=48, rotation=25, scale=0.3, shear=0.3, shift=0.2, perspective=0.3, elastic=0.2,
-                brightness=0.5, contrast=0.8, erasing=0.9)
+STILL = Config(image_size=32, rotation=0, scale=0, shear=0, stretch=0, shift=0, perspective=0, elastic=0, refit=False,
+               brightness=0, contrast=0, erasing=0, soften=0)
+STRONG = Config(image_size=48, rotation=25, scale=0.3, shear=0.3, stretch=0.3, shift=0.2, perspective=0.3, elastic=0.2,
+                refit=True, brightness=0.5, contrast=0.8, erasing=0.9)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -54,8 +54,8 @@ def test_no_change_is_the_identity():
     assert larger.shape == (16, 1, 48, 48) and torch.allclose(larger, to_input(pages(), large), atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["rotation", "scale", "shear", "shift", "perspective", "elastic", "brightness",
-                                  "erasing"])
+@pytest.mark.parametrize("name", ["rotation", "scale", "shear", "stretch", "shift", "perspective", "elastic",
+                                  "brightness", "erasing"])
 def test_each_image_has_its_own_draw(name):
     config = dataclasses.replace(STILL, **{name: getattr(STRONG, name)})
     images = torch.full_like(pages(), 255) if name == "erasing" else pages()  # a hole shows in ink alone
@@ -91,6 +91,42 @@ def test_shift_is_a_share_of_the_side():
     shifted = centre(augment(pages(200), dataclasses.replace(STILL, shift=0.1), seeded()))
     moved = shifted - centre(to_input(pages(200), STILL))
     assert 0.18 < moved.abs().max() < 0.205  # of a span of 2
+
+
+def boxes(ink: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Middle [B, 2] (x, y) and longer side [B] of what is at least half inked, as shares of the image's side."""
+    ends = []
+    for across in (2, 3):
+        line = (ink[:, 0] > 0.5).any(dim=across - 1)
+        places = (torch.arange(line.shape[1]) + 0.5) / line.shape[1]
+        ends.append([places.where(line, 9.0).amin(dim=1), places.where(line, -9.0).amax(dim=1)])
+    middle = torch.stack([(low + high) / 2 for low, high in ends], dim=1)
+    return middle, torch.stack([high - low for low, high in ends], dim=1).amax(dim=1)
+
+
+@pytest.mark.parametrize(("elastic", "reach"), [(0.0, 0.025), (0.04, 0.05)])
+def test_refit_leaves_the_ink_in_its_place(elastic, reach):
+    config = dataclasses.replace(STILL, image_size=96, rotation=30.0, shear=0.3, stretch=0.3, elastic=elastic)
+    middle, side = boxes(to_input(pages(200), dataclasses.replace(STILL, image_size=96)))
+    off = {}
+    for refit in (True, False):
+        warped = boxes(augment(pages(200), dataclasses.replace(config, refit=refit), seeded()))
+        off[refit] = (warped[0] - middle).abs().max(), (warped[1] / side - 1).abs().max()
+    assert off[True][0] < reach and off[True][1] < 4 * reach
+    assert off[False][0] > 2 * reach and off[False][1] > 5 * reach
+
+
+def test_refit_leaves_blank_pages_and_single_pixels_whole():
+    images = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
+    images[1, 0, 20, 7] = 255
+    warped = augment(images, dataclasses.replace(STRONG, image_size=32, erasing=0.0), seeded())
+    assert warped[0].abs().max() == 0 and 0 < warped[1].sum() < 4
+
+
+def test_stretch_changes_the_width_against_the_height():
+    ink = augment(pages(200), dataclasses.replace(STILL, image_size=96, stretch=0.3), seeded())[:, 0] > 0.5
+    wide, high = ink.any(dim=1).sum(dim=1), ink.any(dim=2).sum(dim=1)
+    assert (high - 30).abs().max() <= 1 and wide.min() < 15 and wide.max() > 22  # of 30 by 18
 
 
 def test_erasing_hits_its_share_of_the_images():

@@ -46,8 +46,15 @@ def test_score_against_figures_by_hand():
     figures = script.score(probabilities, np.array([0, 0, 1, 1]))
     assert figures["val_loss"] == pytest.approx(-np.log([0.8, 0.6, 0.9, 0.3]).mean())
     assert figures["val_accuracy"] == 0.75 and figures["val_class_accuracy"] == 0.75
+    assert figures["val_top3_accuracy"] == 1
     uneven = script.score(probabilities, np.array([0, 0, 0, 1]))
     assert uneven["val_accuracy"] == 0.5 and uneven["val_class_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_top_3_counts_what_is_among_the_three_likeliest():
+    probabilities = np.array([[0.4, 0.3, 0.2, 0.1]] * 4)
+    assert script.score(probabilities, np.array([0, 1, 2, 3]))["val_top3_accuracy"] == 0.75
+    assert script.score(probabilities, np.array([3, 3, 3, 3]))["val_top3_accuracy"] == 0
 
 
 @pytest.mark.parametrize(("rows", "batch"), [(40, 8), (41, 8), (3, 2), (7, 100), (2, 2), (1000, 128)])
@@ -121,7 +128,7 @@ def test_select_by_loss_and_no_validation_rows(tmp_path):
 
 
 def test_plateau_lowers_the_rate_when_accuracy_stands_still(tmp_path, monkeypatch):
-    figures = {"val_loss": 1.0, "val_accuracy": 0.5, "val_class_accuracy": 0.5}
+    figures = {"val_loss": 1.0, "val_accuracy": 0.5, "val_top3_accuracy": 0.5, "val_class_accuracy": 0.5}
     monkeypatch.setattr(script, "validate", lambda *_: figures)
     config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=6, schedule="plateau", plateau_patience=1)
     rates = script.fit(config, small_data(), CPU).learning_rate

@@ -1,0 +1,48 @@
+"""Validation figures of trained networks, one by one and averaged.
+
+    python -m benchmarks.ensemble a.pth b.pth c.pth --data-dir COMPETITION [--cache-dir DIR]
+
+The networks share `split_seed`, so that none was trained on the rows that it is scored on. The mean is the one that
+`script.py predict a.pth b.pth c.pth` submits.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+import script
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", type=Path, nargs="+")
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--cache-dir", default="")
+    given = parser.parse_args()
+    members = [script.load_checkpoint(path) for path in given.checkpoints]
+    config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
+    runtime = script.start_runtime(config)
+    datasets, targets = script.validation_datasets(members, config, runtime)
+    kinds = "accuracy", "top3_accuracy", "class_accuracy", "loss"
+    print(f"{len(targets):,} validation rows\n| network | seed | accuracy | top 3 | per class | loss |"
+          "\n|---|--:|--:|--:|--:|--:|")
+
+    def show(name: str, seed: object, figures: list[float]) -> None:
+        print(f"| {name} | {seed} | " + " | ".join(f"{100 * value:.2f}" for value in figures[:3])
+              + f" | {figures[3]:.4f} |", flush=True)
+
+    singles = []
+    for path, member, dataset in zip(given.checkpoints, members, datasets):
+        figures = script.score(script.ensemble_predict([member], [dataset], 512, runtime), targets)
+        singles.append([figures[f"val_{kind}"] for kind in kinds])
+        show(path, member.config.seed, singles[-1])
+    together = script.score(script.ensemble_predict(members, datasets, 512, runtime), targets)
+    show("mean of the figures", "", np.mean(singles, axis=0))
+    show("mean of the probabilities", "", [together[f"val_{kind}"] for kind in kinds])
+    gain = together["val_accuracy"] - np.mean(singles, axis=0)[0]
+    print(f"averaging {len(members)} networks gains {100 * gain:+.2f} points over their mean")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""benchmarks/: what they print is read from the real lines, and each runs to its end on a small competition."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import QUICK, REPOSITORY
+
+import script
+from benchmarks import recipes, time_to_accuracy
+
+
+def test_an_epochs_line_is_read():
+    row = {"epoch": 3, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 0.61, "val_accuracy": 0.8512,
+           "val_top3_accuracy": 0.97, "val_class_accuracy": 0.74, "learning_rate": 1e-3, "seconds": 12.5}
+    found = time_to_accuracy.EPOCH.match(script.describe_epoch(row, 20, 1234.5))
+    assert found and (found[1], found[2]) == ("85.12", "12.5")
+    assert not time_to_accuracy.EPOCH.match("epoch 1/2  train loss 1.0 accuracy 50.00%  lr 1.0e-03  3.0 s  12 images/s")
+
+
+def test_the_watch_adds_up_the_epochs():
+    line = "epoch {}/3  train loss 1.0000 accuracy 50.00%  val loss 0.5 accuracy {}%  lr 1.0e-03  2.5 s  12 images/s"
+    text = "\n".join(["device cpu", line.format(1, "79.90"), line.format(2, "81.00")])
+    epochs, whole, status = time_to_accuracy.watch([sys.executable, "-c", f"print({text!r}); raise SystemExit(3)"])
+    assert status == 3 and [epoch[1:] for epoch in epochs] == [(2.5, 79.9), (5.0, 81.0)]
+    assert 0 < epochs[0][0] <= epochs[1][0] <= whole
+
+
+def test_recipes_are_compared_seed_by_seed():
+    figures = {"val_top3_accuracy": 0.97, "val_class_accuracy": 0.7, "val_loss": 0.6, "train_accuracy": 0.9,
+               "seconds": 9}
+    results = pd.DataFrame([{"candidate": candidate, "seed": seed, "val_accuracy": accuracy, **figures}
+                            for candidate, seed, accuracy in [("", 0, 0.80), ("--mixup", 0, 0.81),
+                                                              ("", 1, 0.84), ("--mixup", 1, 0.85)]])
+    lines = recipes.describe(results).splitlines()
+    assert lines[2].startswith("| (defaults) | 2 | 82.00 ± 2.83 | 0.00 ± 0.00 |")
+    assert lines[3].startswith("| `--mixup` | 2 | 83.00 ± 2.83 | 1.00 ± 0.00 |")  # the seeds' spread is not the gain's
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """A competition, a cache, and two checkpoints of different seeds."""
+    from conftest import make_competition
+
+    folder = tmp_path_factory.mktemp("benchmarks")
+    data, checkpoints = make_competition(folder / "competition", train_rows=400), []
+    for seed in ("0", "1"):
+        checkpoints.append(str(folder / seed / "best_model.pth"))
+        assert script.main(["--data-dir", str(data), "--cache-dir", str(folder / "cache"), "--output-dir",
+                            str(folder / seed), "--seed", seed, "--device", "cpu", *QUICK]) == 0
+    return data, folder / "cache", checkpoints
+
+
+def benchmark(name: str, *arguments: str) -> str:
+    """What a benchmark prints."""
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=REPOSITORY, text=True,
+                          capture_output=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_ensemble_prints_each_network_and_the_mean(trained):
+    data, cache, checkpoints = trained
+    printed = benchmark("ensemble", *checkpoints, "--data-dir", str(data), "--cache-dir", str(cache))
+    figures = [float(cell) for cell in re.findall(r"^\| [^|]* \| \d* \| ([0-9.]+) \|", printed, re.MULTILINE)]
+    assert len(figures) == 4 and figures[2] == pytest.approx(np.mean(figures[:2]), abs=0.011)
+    assert f"{figures[3] - figures[2]:+.1f}" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "arguments", "expected"), [
+    ("recipes", ["--rows", "200", "--num-epochs", "1", "--seeds", "0", "1", "--", "--batch-size 32", "--no-augment"],
+     r"\| `--batch-size 32` \| 2 \| [0-9.]+ ± [0-9.]+ \|"),
+    ("time_to_accuracy", [*QUICK, "--model", "cnn"], r"whole command: \d+ s, last epoch [0-9.]+ %"),
+    ("throughput", ["--models", "cnn", "--rounds", "1", "--seconds", "1"], r"median: ours .* ratio [0-9.]+; \d+% of"),
+    ("growth", ["--sizes", "300", "900", "--steps", "5"], r"\| 900 \| [0-9.]+ \| \d+ \|"),
+    ("data_path", [], "."),
+    ("memory", QUICK, r"peak [0-9.]+ GB"),
+])
+def test_a_benchmark_runs_to_its_end(trained, name, arguments, expected):
+    data, cache, _ = trained
+    keep = [] if name in ("time_to_accuracy", "data_path") else ["--cache-dir", str(cache)]
+    assert re.search(expected, benchmark(name, "--data-dir", str(data), *keep, *arguments))
+
+
+@pytest.mark.slow
+def test_soften_runs_to_its_end(trained):
+    data, cache, checkpoints = trained
+    assert "soften 0.2" in benchmark("soften", checkpoints[0], "--data-dir", str(data), "--cache-dir", str(cache))
