@@ -122,6 +122,7 @@ class Config:
     eval_batch_size: int = 512          # images in a step of validation and prediction
     device: str = "auto"                # cpu, cuda, cuda:1, mps, or auto: the fastest that works
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"  # of the network's arithmetic
+    compile: bool = False               # torch.compile the network to train it: takes a minute, pays in long GPU runs
     num_workers: int = -1               # processes that decode images (-1: one a core, 0: this process)
     pin_memory: bool = True             # page-lock the batches of images too large to be kept on the GPU
 
@@ -1079,6 +1080,8 @@ class Learner:
         self.network = InPrecision(self.model, runtime)
         if runtime.gpus > 1 and config.batch_size >= 8 * runtime.gpus:  # batch norm needs several images on each
             self.network = nn.DataParallel(self.network)
+        if config.compile:
+            self.network = torch.compile(self.network)
         groups = [{"params": [weight for weight in self.model.parameters() if (weight.ndim > 1) == decayed],
                    "weight_decay": config.weight_decay * decayed} for decayed in (True, False)]
         fused = runtime.device.type in ("cuda", "cpu")

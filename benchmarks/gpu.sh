@@ -13,7 +13,7 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 deadline=$((SECONDS + 600))
 
-# measure NAME MODULE ARGUMENT...: run a benchmark within what is left of the ten minutes; its last lines go to the table.
+# measure NAME MODULE ARGUMENT...: run a benchmark in what is left of the ten minutes; its last lines go to the table.
 measure() {
     local name=$1 left=$((deadline - SECONDS)) status=0
     shift
@@ -37,11 +37,15 @@ done
 measure "resnet, three averaged" ensemble "$folder"/resnet{0,1,2}/best_model.pth --data-dir "$competition" \
     --cache-dir "$folder/cache"
 measure "resnet, speed" throughput --data-dir "$competition" --cache-dir "$folder/cache" --models resnet --seconds 8
+measure "resnet, speed, batch 1024" throughput --data-dir "$competition" --cache-dir "$folder/cache" --models resnet \
+    --seconds 5 --batch-size 1024 --rounds 2
+measure "resnet, speed, batch 1024, compiled" throughput --data-dir "$competition" --cache-dir "$folder/cache" \
+    --models resnet --seconds 5 --batch-size 1024 --rounds 2 --compile
 measure "cnn, seed 0" time_to_accuracy --data-dir "$competition" --model cnn
 measure "cnn, speed" throughput --data-dir "$competition" --cache-dir "$folder/cache" --models cnn --seconds 8
 
 echo
-nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null || echo "no NVIDIA GPU: these are another device's figures"
+nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null || echo "no NVIDIA GPU: another device's figures"
 "$python" -c 'import torch, platform; print("torch", torch.__version__, "python", platform.python_version())'
 echo "| what | figure |"
 echo "|---|---|"

@@ -137,7 +137,7 @@ def compare(model: str, given: argparse.Namespace) -> None:
         "rotation", "scale", "shear", "shift", "perspective", "elastic", "brightness", "contrast", "erasing",
         "image_size", "mixup")}
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir, model=model,
-                           batch_size=given.batch_size or None, **classic)
+                           batch_size=given.batch_size or None, compile=given.compile, **classic)
     runtime = script.start_runtime(config)
     with contextlib.redirect_stdout(io.StringIO()):
         config, data, *_ = script.prepare_data(config, runtime)
@@ -145,9 +145,9 @@ def compare(model: str, given: argparse.Namespace) -> None:
     paths = [os.path.join(config.data_dir, config.root_dir, name) for name in names]
     ours, reference, peak = Ours(config, data, runtime), Reference(config, data, paths, runtime), Peak(runtime)
     operations = operations_per_image(config, len(data.classes))
-    print(f"{model} at {config.image_size} pixels, {operations / 1e9:.2f} GFLOP an image; ours: {runtime.describe()}, "
-          f"batch {config.batch_size}; reference: float32, batch 32, {reference.loader.num_workers} workers",
-          flush=True)
+    print(f"{model} at {config.image_size} pixels, {operations / 1e9:.2f} GFLOP an image\n"
+          f"  ours: {runtime.describe()}, batch {config.batch_size}{', compiled' if config.compile else ''}\n"
+          f"  reference: float32, batch 32, {reference.loader.num_workers} workers", flush=True)
     rounds = []
     for number in range(1, given.rounds + 1):
         products = rate(peak, min(given.seconds, 3), runtime) * 2 * peak.size**3
@@ -166,6 +166,7 @@ def main() -> None:
     parser.add_argument("--cache-dir", default="")
     parser.add_argument("--models", nargs="+", default=["resnet", "cnn"], choices=list(script.MODELS))
     parser.add_argument("--batch-size", type=int, default=0, help="ours (default: the recipe's)")
+    parser.add_argument("--compile", action="store_true", help="ours: torch.compile the network")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20, help="of each side in each round")
     given = parser.parse_args()

@@ -127,6 +127,16 @@ def test_select_by_loss_and_no_validation_rows(tmp_path):
     assert script.load_checkpoint(tmp_path / "best_model.pth").metrics["epoch"] == 6
 
 
+def test_compile_wraps_what_is_trained_and_leaves_the_checkpoint_plain(tmp_path, monkeypatch):
+    wrapped = []
+    monkeypatch.setattr(torch, "compile", lambda network: wrapped.append(network) or network)
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=1, compile=True)
+    script.fit(config, small_data(), CPU)
+    assert len(wrapped) == 1 and isinstance(wrapped[0], script.InPrecision)
+    assert all(name.startswith(("conv", "hidden", "head"))
+               for name in script.load_checkpoint(tmp_path / "best_model.pth").model.state_dict())
+
+
 def test_plateau_lowers_the_rate_when_accuracy_stands_still(tmp_path, monkeypatch):
     figures = {"val_loss": 1.0, "val_accuracy": 0.5, "val_top3_accuracy": 0.5, "val_class_accuracy": 0.5}
     monkeypatch.setattr(script, "validate", lambda *_: figures)
