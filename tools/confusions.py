@@ -106,8 +106,9 @@ def plot_groups(path: Path, found: list[tuple[np.ndarray, int]], counts: np.ndar
     from matplotlib.figure import Figure
 
     found = found[:PICTURED_GROUPS]
-    figure = Figure(figsize=(2.3 * PICTURED_CLASSES, 1.25 * len(found) + 0.6), layout="constrained")
-    axes = figure.subplots(len(found), PICTURED_CLASSES, squeeze=False)
+    columns = min(PICTURED_CLASSES, max(len(members) for members, _ in found))
+    figure = Figure(figsize=(2.4 * columns + 1, 1.2 * len(found) + 0.6), layout="constrained")
+    axes = figure.subplots(len(found), columns, squeeze=False)
     for row, (members, inside) in zip(axes, found):
         for axis in row:
             axis.set_axis_off()
@@ -115,11 +116,11 @@ def plot_groups(path: Path, found: list[tuple[np.ndarray, int]], counts: np.ndar
             rows = np.flatnonzero(targets == number)
             shown = [np.pad(images[each, 0], 2) for each in rows[:: max(1, len(rows) // EXAMPLES)][:EXAMPLES]]
             axis.imshow(255 - np.hstack(shown), cmap="gray", vmin=0, vmax=255)
-            more = len(members) - PICTURED_CLASSES if axis is row[-1] else 0
-            axis.set_title(f"{names[number]}   {counts[number, number]} of {len(rows)} right"
-                           + (f", {more} classes more" if more > 0 else ""), fontsize=10)
+            more = len(members) - columns if axis is row[-1] else 0
+            axis.set_title(f"{names[number]}   {counts[number, number]} of {len(rows)}"
+                           + (f", {more} classes more" if more > 0 else ""), fontsize=9)
         row[0].text(-0.04, 0.5, f"{inside} errors", transform=row[0].transAxes, ha="right", va="center", fontsize=10)
-    figure.suptitle("Classes that are not told apart, by the number of validation rows mistaken inside the group")
+    figure.suptitle("Classes that are not told apart: rows that are right, of all; examples; errors inside the group")
     with script.whole_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
@@ -146,8 +147,9 @@ def report(given: argparse.Namespace) -> None:
     with script.whole_file(folder / "confusions.csv") as temporary:
         confused_pairs(counts, classes, symbols).to_csv(temporary, index=False)
     if found:
-        plot_groups(folder / "confusions.png", found, counts, script.symbol_texts(classes, symbols),
-                    datasets[0].images.cpu().numpy(), targets)
+        names = [(f"{drawn}  " if drawn.startswith("$") else "") + symbols.get(label, label).replace("$", r"\$")
+                 for label, drawn in zip(classes, script.symbol_texts(classes, symbols))]
+        plot_groups(folder / "confusions.png", found, counts, names, datasets[0].images.cpu().numpy(), targets)
     print(f"wrote confusions.csv{' and confusions.png' if found else ''} in {folder.resolve()}")
 
 
