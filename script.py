@@ -80,6 +80,8 @@ class Config:
     model: str = "auto"                 # resnet, cnn, or auto: resnet on an accelerator, cnn on a CPU
     image_size: int | None = None       # side in pixels of what the network sees
     dropout: float | None = None        # dropout before the last layer (a smaller share of it in the cnn's stages)
+    neighbours: int = 30                # training images nearest to an image that vote on its class (0: none do)
+    neighbour_share: float = 0.2        # share of that vote in the answer; the network has the rest
 
     # Training
     batch_size: int | None = None       # images in a step
@@ -142,7 +144,8 @@ LIMITS = {
     "label_smoothing": (0, 0.99), "mixup_alpha": (1e-3, math.inf), "average_decay": (0, 0.999999),
     "train_val_split": (0.01, 1), "rotation": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "stretch": (0, 1),
     "shift": (0, 1), "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1),
-    "erasing": (0, 1), "erasing_size": (0.01, 1), "soften": (0, 0.25), "num_workers": (-1, 1024),
+    "erasing": (0, 1), "erasing_size": (0.01, 1), "soften": (0, 0.25), "neighbour_share": (0, 0.99),
+    "num_workers": (-1, 1024),
 }
 
 # What "auto" stands for, by model: the best seen on validation rows (benchmarks/RESULTS.md).
@@ -157,7 +160,7 @@ PRESETS = {
         "batch_size": 32, "learning_rate": 3e-4, "weight_decay": 2e-5, "num_epochs": 20, "image_size": 48,
         "dropout": 0.5, "mixup": True, "mixup_alpha": 0.4, "schedule": "plateau", "warmup": 0.0, "label_smoothing": 0.0,
         "average_decay": 0.0, "rotation": 15.0, "scale": 0.1, "shear": 0.1, "shift": 0.1, "perspective": 0.1,
-        "elastic": 0.0, "refit": False, "brightness": 0.2, "contrast": 0.2, "erasing": 0.2,
+        "elastic": 0.0, "refit": False, "brightness": 0.2, "contrast": 0.2, "erasing": 0.2, "neighbours": 0,
     },
 }
 
@@ -930,6 +933,35 @@ class MathSymbolCNN(nn.Sequential):
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(512, num_classes))
 
 
+class NeighbourVote(nn.Module):
+    """A trained network and the training images that it sees as an image's nearest, which vote on its class.
+
+    Seen are the features before the last layer, in their first principal components; nearness is their cosine. Rare
+    ways to draw a symbol are remembered so, which weights do not hold (the idea is that of arXiv:1911.00172, for
+    language). Maps [B, 1, H, W] to logarithms of probabilities [B, classes].
+    """
+
+    COMPONENTS = 64
+    TEMPERATURE = 0.03  # by which a neighbour's weight falls with its cosine
+
+    def __init__(self, network: nn.Module, config: Config, projection: Tensor, keys: Tensor, targets: Tensor):
+        super().__init__()
+        self.network, self.count, self.share = network, min(config.neighbours, len(keys)), config.neighbour_share
+        self.memory = {"projection": projection, "keys": keys, "targets": targets}
+        for name, tensor in self.memory.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        *body, head = self.network.children()
+        features = nn.Sequential(*body)(x)
+        query = F.normalize(features.float() @ self.projection, dim=1)
+        cosines, places = (query @ self.keys.to(query.dtype).T).float().topk(self.count)
+        probabilities = head(features).float().softmax(dim=1)
+        weights = (cosines / self.TEMPERATURE).softmax(dim=1)
+        vote = torch.zeros_like(probabilities).scatter_add_(1, self.targets[places], weights)
+        return torch.lerp(probabilities, vote, self.share).log()
+
+
 MODELS = {"resnet": ResNetMathSymbol, "cnn": MathSymbolCNN}
 
 
@@ -981,9 +1013,11 @@ def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 
 def save_checkpoint(path: Path, model: nn.Module, config: Config, classes: list[str], statistics: ImageStatistics,
                     metrics: dict) -> None:
-    """Write all that prediction needs: plain weights, settings, classes, and how images are prepared."""
+    """Write all that prediction needs: plain weights, settings, classes, how images are prepared, and the memory."""
+    network, memory = (model.network, model.memory) if isinstance(model, NeighbourVote) else (model, {})
     content = {
-        "model": {name: value.detach().cpu() for name, value in model.state_dict().items()},
+        "model": {name: value.detach().cpu() for name, value in network.state_dict().items()},
+        "memory": {name: value.cpu() for name, value in memory.items()},
         "config": dataclasses.asdict(config), "classes": classes,
         "image_statistics": dataclasses.asdict(statistics), "metrics": metrics, "versions": versions(),
     }
@@ -1012,6 +1046,8 @@ def load_checkpoint(path: Path) -> Trained:
         config = Config(**{name: value for name, value in content["config"].items() if name in known})
         model = build_model(config, len(content["classes"]))
         model.load_state_dict(content["model"])
+        if content.get("memory"):
+            model = NeighbourVote(model, config, **content["memory"])
         return Trained(model, config, content["classes"], ImageStatistics(**content["image_statistics"]),
                        content["metrics"])
     except FileNotFoundError:
@@ -1259,7 +1295,8 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
         begun = time.monotonic()
         predict(model, data.dataset, rows, config, config.eval_batch_size, runtime)
     per_image = (time.monotonic() - begun) / len(rows)
-    reserve = 10 + 1.5 * per_image * (len(data.val_rows) + test_rows)  # ten seconds to import, to write and to exit
+    images = len(data.val_rows) + test_rows + (len(data.targets) if config.neighbours else 0)
+    reserve = 10 + 1.5 * per_image * images  # ten seconds to import, to write and to exit
     left = started + 60 * config.max_minutes - time.monotonic() - reserve
     if left <= 0:
         raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: the start took "
@@ -1270,24 +1307,42 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
 # ==== 9. Prediction ===================================================================================================
 
 @torch.inference_mode()
-def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config, batch_size: int,
-            runtime: Runtime) -> np.ndarray:
-    """Probabilities, float32 [rows, classes], in the order of `rows`, each scattered to its own place.
+def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config, batch_size: int,
+          runtime: Runtime) -> np.ndarray:
+    """What the model gives, float32 [rows, outputs], in the order of `rows`, each scattered to its own place.
 
-    The config is the network's own, for its input.
+    The config is the network's own, for its input. Raises DataError where the model gives no numbers.
     """
     model.eval()
-    places = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / batch_size))
-    probabilities = None
+    places, outputs = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / batch_size)), None
     for place in places:
         with runtime.autocast():
-            logits = model(to_input(dataset.batch(rows[place])[0], config))
-        if probabilities is None:
-            probabilities = np.full((len(rows), logits.shape[1]), np.nan, dtype=np.float32)
-        probabilities[place] = logits.float().softmax(dim=1).cpu().numpy()
-    if np.isnan(probabilities).any():
+            output = model(to_input(dataset.batch(rows[place])[0], config))
+        if outputs is None:
+            outputs = np.full((len(rows), output.shape[1]), np.nan, dtype=np.float32)
+        outputs[place] = output.float().cpu().numpy()
+    if np.isnan(outputs).any():
         raise DataError("the network gives no numbers for some images: its training diverged; lower --learning-rate")
-    return probabilities
+    return outputs
+
+
+def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config, batch_size: int,
+            runtime: Runtime) -> np.ndarray:
+    """Probabilities, float32 [rows, classes], in the order of `rows`; arguments and errors as in `infer`."""
+    return torch.from_numpy(infer(model, dataset, rows, config, batch_size, runtime)).softmax(dim=1).numpy()
+
+
+def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> Trained:
+    """A trained network with its training images in memory, which vote from now on, and its figures with their vote."""
+    config = trained.config
+    body = runtime.place(nn.Sequential(*list(trained.model.children())[:-1]))
+    seen = torch.from_numpy(infer(body, data.dataset, data.train_rows, config, config.eval_batch_size, runtime))
+    projection = torch.linalg.eigh(seen.T @ seen).eigenvectors[:, -NeighbourVote.COMPONENTS:].contiguous()
+    keys = F.normalize(seen @ projection, dim=1).to(torch.bfloat16)  # fine enough, at half the size
+    targets = torch.from_numpy(data.targets[data.train_rows])
+    model = runtime.place(NeighbourVote(trained.model, config, projection, keys, targets))
+    return dataclasses.replace(trained, model=model,
+                               metrics={**trained.metrics, **validate(model, data, config, runtime)})
 
 
 def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], batch_size: int,
@@ -1427,6 +1482,9 @@ def run(config: Config, started: float) -> None:
     seconds = seconds_to_train(config, data, len(test_table), runtime, started)
     history = fit(config, data, runtime, seconds)
     best = load_checkpoint(folder / "best_model.pth")
+    if config.neighbours:
+        best = remember(best, data, runtime)
+        save_checkpoint(folder / "best_model.pth", best.model, config, data.classes, data.statistics, best.metrics)
     probabilities = ensemble_predict([best], [test_dataset], config.eval_batch_size, runtime)
     write_submission(folder / "submission.csv", test_table.example_id, probabilities, data.classes)
     write_run_record(folder / "run.json", config, runtime, best.metrics, started)
@@ -1475,7 +1533,9 @@ def describe_result(folder: Path, metrics: dict, history: pd.DataFrame, started:
     if "val_accuracy" in metrics:
         text += (f": validation accuracy {metrics['val_accuracy']:.2%}, top 3 {metrics['val_top3_accuracy']:.2%}, "
                  f"per class {metrics['val_class_accuracy']:.2%} "
-                 f"(of the rows that chose the epoch; the last one had {history.val_accuracy.iloc[-1]:.2%})")
+                 f"(of the rows that chose the epoch); the network alone "
+                 f"{history.val_accuracy[metrics['epoch'] - 1]:.2%}, at the last epoch "
+                 f"{history.val_accuracy.iloc[-1]:.2%}")
     return (f"{text}\nwrote best_model.pth, submission.csv, history.csv, class_distribution.png and run.json in "
             f"{folder.resolve()}\ntotal time {int(seconds) // 60} min {seconds % 60:.0f} s, "
             f"peak memory {peak_memory_gb()} GB")

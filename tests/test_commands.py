@@ -125,6 +125,15 @@ def test_training_on_all_rows_keeps_the_last_epoch(main_in_process, command):
     assert pd.read_csv(command.output / "history.csv").val_loss.isna().all()
 
 
+def test_without_neighbours_the_checkpoint_has_no_memory(main_in_process, command):
+    status, out, error = main_in_process(*QUICK, "--neighbours", "0")
+    assert status == 0, error
+    assert torch.load(command.output / "best_model.pth", weights_only=True)["memory"] == {}
+    kept = script.load_checkpoint(command.output / "best_model.pth").metrics
+    history = pd.read_csv(command.output / "history.csv")
+    assert kept["val_accuracy"] == pytest.approx(history.val_accuracy[kept["epoch"] - 1])
+
+
 def test_the_classic_preset_runs(main_in_process, command):
     status, _, error = main_in_process("--preset", "classic", "--num-epochs", "1", "--image-size", "16")
     assert status == 0, error

@@ -51,6 +51,51 @@ def test_an_ensemble_is_the_mean_of_its_members_by_class_name():
         script.ensemble_predict([first, member(0, ["1", "2", "4"])], [data, data], 10, CPU)
 
 
+class TwoFeatures(torch.nn.Sequential):
+    """The sums of an image's left and right half, and as many logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.halves = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d((1, 2)), torch.nn.Flatten())
+        self.head = torch.nn.Linear(2, 3)
+
+
+def test_neighbours_vote_by_their_nearness():
+    network = TwoFeatures().eval()
+    keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [-1.0, 0.0]])
+    model = script.NeighbourVote(network, Config(neighbours=2, neighbour_share=0.25), torch.eye(2), keys,
+                                 torch.tensor([2, 0, 1, 2]))
+    image = torch.zeros(1, 1, 8, 8)
+    image[..., 4:] = 1  # features 0 and 1: nearest are the second key and, at cosine 0.8, the third
+    with torch.inference_mode():
+        weight = float(1 / (1 + np.exp(-0.2 / model.TEMPERATURE)))
+        expected = 0.75 * network(image).softmax(dim=1) + 0.25 * torch.tensor([[weight, 1 - weight, 0.0]])
+        assert torch.allclose(model(image).softmax(dim=1), expected, atol=1e-6)
+        many = script.NeighbourVote(network, Config(neighbours=99), torch.eye(2), keys, torch.tensor([2, 0, 1, 2]))
+        assert torch.allclose(many(image).exp().sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("model", list(script.MODELS))
+def test_a_network_remembers_its_training_images_and_so_does_its_checkpoint(tmp_path, model):
+    """Weights at random, memory as taught: with nearly the whole vote the training images get their own labels."""
+    config = Config(model=model, image_size=8, dropout=0.2, neighbours=1, neighbour_share=0.99)
+    targets, rows = np.arange(23) % 5, np.arange(23)
+    images = np.random.default_rng(0).integers(0, 256, (23, 1, 8, 8), dtype=np.uint8)
+    data = script.TrainingData(MathSymbolDataset(images, targets, CPU), targets, list("abcde"), ImageStatistics(255, 8),
+                               rows[:15], rows[15:])
+    alone = Trained(script.build_model(config, 5), config, data.classes, data.statistics, {"epoch": 1})
+    taught = script.remember(alone, data, CPU)
+    probabilities = script.ensemble_predict([taught], [data.dataset], 10, CPU)
+    assert (probabilities[:15].argmax(axis=1) == targets[:15]).all() and np.allclose(probabilities.sum(axis=1), 1)
+    assert taught.metrics["epoch"] == 1
+    assert taught.metrics["val_accuracy"] == (probabilities[15:].argmax(axis=1) == targets[15:]).mean()
+    script.save_checkpoint(tmp_path / "a.pth", taught.model, config, data.classes, data.statistics, taught.metrics)
+    content = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert content["model"].keys() == alone.model.state_dict().keys()
+    loaded = script.load_checkpoint(tmp_path / "a.pth")
+    assert np.array_equal(script.ensemble_predict([loaded], [data.dataset], 10, CPU), probabilities)
+
+
 def test_the_submission_keeps_ids_order_and_text(tmp_path):
     ids, labels = ["10", "a,b", "007", "NA", "ü"], ["\\frac{a}{b}", "007", "NA", 'quote"d', "x,y"]
     order = np.random.default_rng(0).permutation(5)
