@@ -89,6 +89,7 @@ def test_a_benchmark_runs_to_its_end(trained, name, arguments, expected):
 
 
 @pytest.mark.slow
-def test_soften_runs_to_its_end(trained):
+@pytest.mark.parametrize(("name", "expected"), [("soften", "soften 0.2 "), ("neighbours", "30 neighbours, share 0.2 ")])
+def test_a_benchmark_of_a_checkpoint_runs_to_its_end(trained, name, expected):
     data, cache, checkpoints = trained
-    assert "soften 0.2" in benchmark("soften", checkpoints[0], "--data-dir", str(data), "--cache-dir", str(cache))
+    assert expected in benchmark(name, checkpoints[0], "--data-dir", str(data), "--cache-dir", str(cache))

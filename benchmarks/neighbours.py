@@ -1,0 +1,52 @@
+"""What the vote of the nearest training images does to a trained network's validation figures.
+
+    python -m benchmarks.neighbours CHECKPOINT --data-dir COMPETITION [--cache-dir DIR]
+
+Prints loss and accuracies on the checkpoint's own validation rows for the network alone and for several numbers of
+neighbours and shares of their vote, all in one process. None of the neighbours is a validation row.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import time
+from pathlib import Path
+
+import script
+
+COUNTS, SHARES = (10, 30, 100), (0.1, 0.2, 0.35)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--cache-dir", default="")
+    given = parser.parse_args()
+    trained = script.load_checkpoint(given.checkpoint)
+    if isinstance(trained.model, script.NeighbourVote):
+        trained = dataclasses.replace(trained, model=trained.model.network)
+    config = dataclasses.replace(trained.config, data_dir=given.data_dir, cache_dir=given.cache_dir,
+                                 neighbours=max(COUNTS))
+    runtime = script.start_runtime(config)
+    with contextlib.redirect_stdout(io.StringIO()):
+        _, data, *_ = script.prepare_data(config, runtime)
+
+    def show(name: str, figures: dict[str, float]) -> None:
+        print(f"{name:<32} loss {figures['val_loss']:.4f}  accuracy {figures['val_accuracy']:.2%}  "
+              f"top 3 {figures['val_top3_accuracy']:.2%}  per class {figures['val_class_accuracy']:.2%}", flush=True)
+
+    show("network alone", script.validate(runtime.place(trained.model), data, config, runtime))
+    started = time.perf_counter()
+    taught = script.remember(dataclasses.replace(trained, config=config), data, runtime)
+    print(f"remembered {len(data.train_rows):,} training images and validated with them in "
+          f"{time.perf_counter() - started:.0f} s")
+    for taught.model.count in COUNTS:
+        for taught.model.share in SHARES:
+            show(f"{taught.model.count} neighbours, share {taught.model.share}",
+                 script.validate(taught.model, data, config, runtime))
+
+
+if __name__ == "__main__":
+    main()
