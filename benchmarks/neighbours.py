@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import time
 from pathlib import Path
 
@@ -42,10 +43,9 @@ def main() -> None:
     taught = script.remember(dataclasses.replace(trained, config=config), data, runtime)
     print(f"remembered {len(data.train_rows):,} training images and validated with them in "
           f"{time.perf_counter() - started:.0f} s")
-    for taught.model.count in COUNTS:
-        for taught.model.share in SHARES:
-            show(f"{taught.model.count} neighbours, share {taught.model.share}",
-                 script.validate(taught.model, data, config, runtime))
+    for count, share in itertools.product(COUNTS, SHARES):
+        taught.model.count, taught.model.share = count, share
+        show(f"{count} neighbours, share {share}", script.validate(taught.model, data, config, runtime))
 
 
 if __name__ == "__main__":

@@ -126,7 +126,7 @@ def test_training_on_all_rows_keeps_the_last_epoch(main_in_process, command):
 
 
 def test_without_neighbours_the_checkpoint_has_no_memory(main_in_process, command):
-    status, out, error = main_in_process(*QUICK, "--neighbours", "0")
+    status, _, error = main_in_process(*QUICK, "--neighbours", "0")
     assert status == 0, error
     assert torch.load(command.output / "best_model.pth", weights_only=True)["memory"] == {}
     kept = script.load_checkpoint(command.output / "best_model.pth").metrics
