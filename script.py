@@ -106,11 +106,11 @@ class Config:
 
     # Augmentation: each image draws uniformly from its own range
     augment: bool = True                # warp and change the training images
-    rotation: float = 8.0               # degrees to either side
-    scale: float = 0.06                 # share by which an image grows or shrinks
-    shear: float = 0.1                  # slant: sideways share of the height
-    stretch: float = 0.0                # share by which the width changes against the height
-    shift: float = 0.03                 # share of the side
+    rotation: float = 10.0              # degrees to either side
+    scale: float = 0.03                 # share by which an image grows or shrinks
+    shear: float = 0.2                  # slant: sideways share of the height
+    stretch: float = 0.15               # share by which the width changes against the height
+    shift: float = 0.0                  # share of the side
     perspective: float = 0.0            # how much nearer one edge is than the middle
     elastic: float = 0.05               # deviation of a 5x5 grid's smooth displacements, as a share of half the side
     refit: bool = True                  # warped ink keeps its middle and its longer side, but for scale and shift
@@ -955,9 +955,9 @@ class NeighbourVote(nn.Module):
         *body, head = self.network.children()
         features = nn.Sequential(*body)(x)
         query = F.normalize(features.float() @ self.projection, dim=1)
-        cosines, places = (query @ self.keys.to(query.dtype).T).float().topk(self.count)
+        cosines, places = (query @ self.keys.to(query.dtype).T).topk(self.count)
         probabilities = head(features).float().softmax(dim=1)
-        weights = (cosines / self.TEMPERATURE).softmax(dim=1)
+        weights = (cosines.float() / self.TEMPERATURE).softmax(dim=1)
         vote = torch.zeros_like(probabilities).scatter_add_(1, self.targets[places], weights)
         return torch.lerp(probabilities, vote, self.share).log()
 

@@ -46,6 +46,7 @@ def main() -> None:
     for count, share in itertools.product(COUNTS, SHARES):
         taught.model.count, taught.model.share = count, share
         show(f"{count} neighbours, share {share}", script.validate(taught.model, data, config, runtime))
+    print(f"peak memory {script.peak_memory_gb()} GB")
 
 
 if __name__ == "__main__":
