@@ -159,8 +159,9 @@ PRESETS = {
     "classic": {
         "batch_size": 32, "learning_rate": 3e-4, "weight_decay": 2e-5, "num_epochs": 20, "image_size": 48,
         "dropout": 0.5, "mixup": True, "mixup_alpha": 0.4, "schedule": "plateau", "warmup": 0.0, "label_smoothing": 0.0,
-        "average_decay": 0.0, "rotation": 15.0, "scale": 0.1, "shear": 0.1, "shift": 0.1, "perspective": 0.1,
-        "elastic": 0.0, "refit": False, "brightness": 0.2, "contrast": 0.2, "erasing": 0.2, "neighbours": 0,
+        "average_decay": 0.0, "rotation": 15.0, "scale": 0.1, "shear": 0.1, "stretch": 0.0, "shift": 0.1,
+        "perspective": 0.1, "elastic": 0.0, "refit": False, "brightness": 0.2, "contrast": 0.2, "erasing": 0.2,
+        "neighbours": 0,
     },
 }
 
