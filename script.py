@@ -18,7 +18,7 @@ The rooms, in the order of an image's way from a CSV row to a submission row. To
      6  Loss         loss, mixup, metrics
      7  Checkpoints  what best_model.pth holds
      8  Training     optimizer, schedule, averaged weights, the loop
-     9  Prediction   probabilities, ensembles, the submission
+     9  Prediction   probabilities, the neighbours' memory, ensembles, the submission
     10  Pictures     what is drawn
     11  Commands     what `run` and `predict` do, in order
 """

@@ -93,3 +93,26 @@ def test_a_benchmark_runs_to_its_end(trained, name, arguments, expected):
 def test_a_benchmark_of_a_checkpoint_runs_to_its_end(trained, name, expected):
     data, cache, checkpoints = trained
     assert expected in benchmark(name, checkpoints[0], "--data-dir", str(data), "--cache-dir", str(cache))
+
+
+def test_the_gpu_run_ends_in_a_table_whatever_fails(tmp_path):
+    """With a stand-in for Python, which prints what the benchmarks print and fails in one of them."""
+    stub = tmp_path / "python"
+    stub.write_text("""#!/bin/sh
+case "$2" in
+benchmarks.time_to_accuracy) echo "[  1.0 s] epoch"; echo "80 %: 7 s from the start"; echo "whole command: 55 s" ;;
+benchmarks.ensemble) echo "no such checkpoint" >&2; exit 1 ;;
+benchmarks.throughput) echo "  median: ours 9 images/s, ratio 20.5" ;;
+-c) echo "torch 0" ;;
+esac
+""")
+    stub.chmod(0o755)
+    done = subprocess.run([REPOSITORY / "benchmarks" / "gpu.sh", tmp_path, stub], capture_output=True, text=True,
+                          timeout=60)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout[done.stdout.index("| what | figure |"):]
+    for row in ("| resnet, seed 2 | whole command: 55 s |", "| resnet, three averaged | ended with status 1 |",
+                "| resnet, speed | median: ours 9 images/s, ratio 20.5 |",
+                "| cnn, seed 0 | 80 %: 7 s from the start |"):
+        assert row in table
+    assert "no such checkpoint" in done.stdout
