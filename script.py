@@ -327,7 +327,7 @@ def start_runtime(config: Config) -> Runtime:
 def keep_freed_memory() -> None:
     """Let glibc keep up to a gigabyte of what is freed (mallopt(3)); nothing where there is another C library.
 
-    Every step asks for the same megabytes again, and the faults of fresh pages took a tenth of its time.
+    Every step asks for the same megabytes again, and the faults of fresh pages take a part of its time.
     """
     trim_threshold, mmap_threshold = -1, -3  # from malloc.h
     try:
@@ -913,7 +913,7 @@ class SqueezeExcitation(nn.Module):
 class MathSymbolCNN(nn.Sequential):
     """Five 3x3 convolutions in three stages, pooled to 4x4, and a hidden layer of 512: the light network.
 
-    Channel gates after the third and the fifth took two hundredths off the loss for a tenth more time.
+    Channels are weighed after the third and the fifth, where there are many.
     Pooling comes before the ReLU, which gives the same values at a quarter of the work; dropout in the stages takes
     whole channels, since neighbouring pixels tell the same.
     """
