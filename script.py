@@ -948,8 +948,7 @@ class NeighbourVote(nn.Module):
     def __init__(self, network: nn.Module, config: Config, projection: Tensor, keys: Tensor, targets: Tensor):
         super().__init__()
         self.network, self.count, self.share = network, min(config.neighbours, len(keys)), config.neighbour_share
-        self.memory = {"projection": projection, "keys": keys, "targets": targets}
-        for name, tensor in self.memory.items():
+        for name, tensor in (("projection", projection), ("keys", keys), ("targets", targets)):
             self.register_buffer(name, tensor)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1015,10 +1014,11 @@ def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 def save_checkpoint(path: Path, model: nn.Module, config: Config, classes: list[str], statistics: ImageStatistics,
                     metrics: dict) -> None:
     """Write all that prediction needs: plain weights, settings, classes, how images are prepared, and the memory."""
-    network, memory = (model.network, model.memory) if isinstance(model, NeighbourVote) else (model, {})
+    network = model.network if isinstance(model, NeighbourVote) else model
+    memory = model.named_buffers(recurse=False) if isinstance(model, NeighbourVote) else ()
     content = {
         "model": {name: value.detach().cpu() for name, value in network.state_dict().items()},
-        "memory": {name: value.cpu() for name, value in memory.items()},
+        "memory": {name: value.cpu() for name, value in memory},
         "config": dataclasses.asdict(config), "classes": classes,
         "image_statistics": dataclasses.asdict(statistics), "metrics": metrics, "versions": versions(),
     }
@@ -1333,17 +1333,15 @@ def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, conf
     return torch.from_numpy(infer(model, dataset, rows, config, batch_size, runtime)).softmax(dim=1).numpy()
 
 
-def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> Trained:
-    """A trained network with its training images in memory, which vote from now on, and its figures with their vote."""
+def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> NeighbourVote:
+    """A trained network with its training images in memory, which vote from now on."""
     config = trained.config
     body = runtime.place(nn.Sequential(*list(trained.model.children())[:-1]))
     seen = torch.from_numpy(infer(body, data.dataset, data.train_rows, config, config.eval_batch_size, runtime))
     projection = torch.linalg.eigh(seen.T @ seen).eigenvectors[:, -NeighbourVote.COMPONENTS:].contiguous()
     keys = F.normalize(seen @ projection, dim=1).to(torch.bfloat16)  # fine enough, at half the size
     targets = torch.from_numpy(data.targets[data.train_rows])
-    model = runtime.place(NeighbourVote(trained.model, config, projection, keys, targets))
-    return dataclasses.replace(trained, model=model,
-                               metrics={**trained.metrics, **validate(model, data, config, runtime)})
+    return runtime.place(NeighbourVote(trained.model, config, projection, keys, targets))
 
 
 def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], batch_size: int,
@@ -1484,7 +1482,9 @@ def run(config: Config, started: float) -> None:
     history = fit(config, data, runtime, seconds)
     best = load_checkpoint(folder / "best_model.pth")
     if config.neighbours:
-        best = remember(best, data, runtime)
+        voting = remember(best, data, runtime)
+        metrics = {**best.metrics, **validate(voting, data, config, runtime)}
+        best = dataclasses.replace(best, model=voting, metrics=metrics)
         save_checkpoint(folder / "best_model.pth", best.model, config, data.classes, data.statistics, best.metrics)
     probabilities = ensemble_predict([best], [test_dataset], config.eval_batch_size, runtime)
     write_submission(folder / "submission.csv", test_table.example_id, probabilities, data.classes)

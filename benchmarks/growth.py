@@ -15,6 +15,7 @@ import io
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -28,7 +29,7 @@ def measure(config: script.Config, size: int, steps: int) -> str:
     runtime = script.start_runtime(config)
     with contextlib.redirect_stdout(io.StringIO()):
         table = script.read_train_table(config)
-        statistics = script.look_at_images(script.Path(config.data_dir, config.root_dir), table.image_path.tolist(), 32)
+        statistics = script.look_at_images(Path(config.data_dir, config.root_dir), table.image_path.tolist(), 32)
         images = script.load_all_images([table], config, statistics)[0]
     repeated = np.arange(size) % len(table)
     labels = table.label.iloc[repeated]

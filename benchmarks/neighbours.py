@@ -40,12 +40,11 @@ def main() -> None:
 
     show("network alone", script.validate(runtime.place(trained.model), data, config, runtime))
     started = time.perf_counter()
-    taught = script.remember(dataclasses.replace(trained, config=config), data, runtime)
-    print(f"remembered {len(data.train_rows):,} training images and validated with them in "
-          f"{time.perf_counter() - started:.0f} s")
+    voting = script.remember(dataclasses.replace(trained, config=config), data, runtime)
+    print(f"remembered {len(data.train_rows):,} training images in {time.perf_counter() - started:.0f} s")
     for count, share in itertools.product(COUNTS, SHARES):
-        taught.model.count, taught.model.share = count, share
-        show(f"{count} neighbours, share {share}", script.validate(taught.model, data, config, runtime))
+        voting.count, voting.share = count, share
+        show(f"{count} neighbours, share {share}", script.validate(voting, data, config, runtime))
     print(f"peak memory {script.peak_memory_gb()} GB")
 
 

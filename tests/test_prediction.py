@@ -83,12 +83,10 @@ def test_a_network_remembers_its_training_images_and_so_does_its_checkpoint(tmp_
     images = np.random.default_rng(0).integers(0, 256, (23, 1, 8, 8), dtype=np.uint8)
     data = script.TrainingData(MathSymbolDataset(images, targets, CPU), targets, list("abcde"), ImageStatistics(255, 8),
                                rows[:15], rows[15:])
-    alone = Trained(script.build_model(config, 5), config, data.classes, data.statistics, {"epoch": 1})
-    taught = script.remember(alone, data, CPU)
+    alone = Trained(script.build_model(config, 5), config, data.classes, data.statistics, {})
+    taught = dataclasses.replace(alone, model=script.remember(alone, data, CPU))
     probabilities = script.ensemble_predict([taught], [data.dataset], 10, CPU)
     assert (probabilities[:15].argmax(axis=1) == targets[:15]).all() and np.allclose(probabilities.sum(axis=1), 1)
-    assert taught.metrics["epoch"] == 1
-    assert taught.metrics["val_accuracy"] == (probabilities[15:].argmax(axis=1) == targets[15:]).mean()
     script.save_checkpoint(tmp_path / "a.pth", taught.model, config, data.classes, data.statistics, taught.metrics)
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     assert content["model"].keys() == alone.model.state_dict().keys()
