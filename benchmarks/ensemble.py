@@ -6,20 +6,14 @@ The networks share `split_seed`, so that none was trained on the rows that it is
 `script.py predict a.pth b.pth c.pth` submits.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 
 import script
+from benchmarks import arguments
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", type=Path, nargs="+")
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--cache-dir", default="")
-    given = parser.parse_args()
+    given = arguments.of_checkpoints(__doc__, several=True)
     members = [script.load_checkpoint(path) for path in given.checkpoints]
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
     runtime = script.start_runtime(config)

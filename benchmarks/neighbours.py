@@ -6,25 +6,20 @@ Prints loss and accuracies on the checkpoint's own validation rows for the netwo
 neighbours and shares of their vote, all in one process. None of the neighbours is a validation row.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import io
 import itertools
 import time
-from pathlib import Path
 
 import script
+from benchmarks import arguments
 
 COUNTS, SHARES = (10, 30, 100), (0.1, 0.2, 0.35)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--cache-dir", default="")
-    given = parser.parse_args()
+    given = arguments.of_checkpoints(__doc__)
     trained = script.load_checkpoint(given.checkpoint)
     if isinstance(trained.model, script.NeighbourVote):
         trained = dataclasses.replace(trained, model=trained.model.network)

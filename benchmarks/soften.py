@@ -6,21 +6,16 @@ A warp resamples and so softens edges; images that are not warped keep them hard
 Prints loss and accuracies on the checkpoint's own validation rows for several shares of `soften`, all in one process.
 """
 
-import argparse
 import dataclasses
-from pathlib import Path
 
 import script
+from benchmarks import arguments
 
 SHARES = (0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--cache-dir", default="")
-    given = parser.parse_args()
+    given = arguments.of_checkpoints(__doc__)
     trained = script.load_checkpoint(given.checkpoint)
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
     runtime = script.start_runtime(config)
