@@ -121,7 +121,7 @@ class Config:
     soften: float = 0.1                 # validation, prediction: share of ink that each neighbour gets, as by a warp
 
     # Machine
-    eval_batch_size: int = 512          # images in a step of validation and prediction
+    eval_batch_size: int | None = None  # images in a step of validation and prediction (auto: what suits the device)
     device: str = "auto"                # cpu, cuda, cuda:1, mps, or auto: the fastest that works
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"  # of the network's arithmetic
     compile: bool = False               # torch.compile the network to train it: takes a minute, pays in long GPU runs
@@ -249,7 +249,8 @@ def complete_config(config: Config, runtime: "Runtime", training_rows: int) -> C
     if model == "auto":
         model = "cnn" if runtime.device.type == "cpu" else "resnet"
     recipe = RECIPES[model]
-    config = dataclasses.replace(config, model=model, precision=runtime.precision)
+    config = dataclasses.replace(config, model=model, precision=runtime.precision,
+                                 eval_batch_size=runtime.eval_batch_size)
     chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if "num_epochs" in chosen:
         steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]))
@@ -283,6 +284,7 @@ class Runtime:
     device: torch.device
     precision: str  # float32, bf16 or fp16
     gpus: int       # how many GPUs share a batch
+    eval_batch_size: int = 128
 
     def autocast(self) -> torch.autocast:
         """The context in which the network's forward pass runs."""
@@ -321,7 +323,8 @@ def start_runtime(config: Config) -> Runtime:
     if device.type == "cpu":
         keep_freed_memory()
     gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
-    return Runtime(device, precision, gpus)
+    # On a CPU, the layers of more images at a time outgrow what keep_freed_memory can keep.
+    return Runtime(device, precision, gpus, config.eval_batch_size or (128 if device.type == "cpu" else 1024))
 
 
 def keep_freed_memory() -> None:
@@ -955,7 +958,8 @@ class NeighbourVote(nn.Module):
         *body, head = self.network.children()
         features = nn.Sequential(*body)(x)
         query = F.normalize(features.float() @ self.projection, dim=1)
-        cosines, places = (query @ self.keys.to(query.dtype).T).topk(self.count)
+        lowered = torch.is_autocast_enabled(x.device.type)  # then the product takes the keys as they are
+        cosines, places = (query @ (self.keys if lowered else self.keys.float()).T).topk(self.count)
         probabilities = head(features).float().softmax(dim=1)
         weights = (cosines.float() / self.TEMPERATURE).softmax(dim=1)
         vote = torch.zeros_like(probabilities).scatter_add_(1, self.targets[places], weights)
@@ -1225,7 +1229,7 @@ def validate(model: nn.Module, data: TrainingData, config: Config, runtime: Runt
     """val_loss, val_accuracy and val_class_accuracy on the validation rows; empty if there are none."""
     if not len(data.val_rows):
         return {}
-    probabilities = predict(model, data.dataset, data.val_rows, config, config.eval_batch_size, runtime)
+    probabilities = predict(model, data.dataset, data.val_rows, config, runtime)
     return score(probabilities, data.targets[data.val_rows])
 
 
@@ -1291,11 +1295,12 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     if not config.max_minutes:
         return math.inf
     model = runtime.place(build_model(config, len(data.classes)))
-    rows = data.train_rows[: config.eval_batch_size]
-    for _ in range(2):  # the first is slowed by set-up
+    rows, seconds = data.train_rows[: 4 * runtime.eval_batch_size], []
+    for _ in range(3):  # the first is slowed by set-up
         begun = time.monotonic()
-        predict(model, data.dataset, rows, config, config.eval_batch_size, runtime)
-    per_image = (time.monotonic() - begun) / len(rows)
+        predict(model, data.dataset, rows, config, runtime)
+        seconds.append(time.monotonic() - begun)
+    per_image = min(seconds) / len(rows)
     images = len(data.val_rows) + test_rows + (len(data.targets) if config.neighbours else 0)
     reserve = 10 + 1.5 * per_image * images  # ten seconds to import, to write and to exit
     left = started + 60 * config.max_minutes - time.monotonic() - reserve
@@ -1308,14 +1313,14 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
 # ==== 9. Prediction ===================================================================================================
 
 @torch.inference_mode()
-def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config, batch_size: int,
+def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config,
           runtime: Runtime) -> np.ndarray:
     """What the model gives, float32 [rows, outputs], in the order of `rows`, each scattered to its own place.
 
     The config is the network's own, for its input. Raises DataError where the model gives no numbers.
     """
     model.eval()
-    places, outputs = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / batch_size)), None
+    places, outputs = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / runtime.eval_batch_size)), None
     for place in places:
         with runtime.autocast():
             output = model(to_input(dataset.batch(rows[place])[0], config))
@@ -1327,25 +1332,24 @@ def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config
     return outputs
 
 
-def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config, batch_size: int,
+def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config,
             runtime: Runtime) -> np.ndarray:
     """Probabilities, float32 [rows, classes], in the order of `rows`; arguments and errors as in `infer`."""
-    return torch.from_numpy(infer(model, dataset, rows, config, batch_size, runtime)).softmax(dim=1).numpy()
+    return torch.from_numpy(infer(model, dataset, rows, config, runtime)).softmax(dim=1).numpy()
 
 
 def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> NeighbourVote:
     """A trained network with its training images in memory, which vote from now on."""
     config = trained.config
     body = runtime.place(nn.Sequential(*list(trained.model.children())[:-1]))
-    seen = torch.from_numpy(infer(body, data.dataset, data.train_rows, config, config.eval_batch_size, runtime))
+    seen = torch.from_numpy(infer(body, data.dataset, data.train_rows, config, runtime))
     projection = torch.linalg.eigh(seen.T @ seen).eigenvectors[:, -NeighbourVote.COMPONENTS:].contiguous()
     keys = F.normalize(seen @ projection, dim=1).to(torch.bfloat16)  # fine enough, at half the size
     targets = torch.from_numpy(data.targets[data.train_rows])
     return runtime.place(NeighbourVote(trained.model, config, projection, keys, targets))
 
 
-def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], batch_size: int,
-                     runtime: Runtime) -> np.ndarray:
+def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], runtime: Runtime) -> np.ndarray:
     """The members' mean probabilities, float32 [rows, classes], classes in the first member's order.
 
     Each member has its own dataset of the same rows. Raises DataError where their classes differ.
@@ -1356,8 +1360,7 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
         if differing:
             raise DataError(f"the checkpoints know different classes ({', '.join(sorted(differing)[:5])}); "
                             "average networks that were trained on the same ones")
-        probabilities = predict(runtime.place(member.model), dataset, np.arange(len(dataset)),
-                                member.config, batch_size, runtime)
+        probabilities = predict(runtime.place(member.model), dataset, np.arange(len(dataset)), member.config, runtime)
         total = total + probabilities[:, [member.classes.index(label) for label in classes]]
     return total / len(members)
 
@@ -1486,7 +1489,7 @@ def run(config: Config, started: float) -> None:
         metrics = {**best.metrics, **validate(voting, data, config, runtime)}
         best = dataclasses.replace(best, model=voting, metrics=metrics)
         save_checkpoint(folder / "best_model.pth", best.model, config, data.classes, data.statistics, best.metrics)
-    probabilities = ensemble_predict([best], [test_dataset], config.eval_batch_size, runtime)
+    probabilities = ensemble_predict([best], [test_dataset], runtime)
     write_submission(folder / "submission.csv", test_table.example_id, probabilities, data.classes)
     write_run_record(folder / "run.json", config, runtime, best.metrics, started)
     print(describe_result(folder, best.metrics, history, started))
@@ -1502,7 +1505,7 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
         runtime = dataclasses.replace(runtime, precision="float32")
     table = read_test_table(config)
     datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
-    probabilities = ensemble_predict(members, datasets, config.eval_batch_size, runtime)
+    probabilities = ensemble_predict(members, datasets, runtime)
     write_submission(folder / "submission.csv", table.example_id, probabilities, members[0].classes)
     print(f"wrote {folder / 'submission.csv'}: {len(table):,} rows, the mean of {len(members)} networks, "
           f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")

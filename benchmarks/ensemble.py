@@ -28,10 +28,10 @@ def main() -> None:
 
     singles = []
     for path, member, dataset in zip(given.checkpoints, members, datasets):
-        figures = script.score(script.ensemble_predict([member], [dataset], 512, runtime), targets)
+        figures = script.score(script.ensemble_predict([member], [dataset], runtime), targets)
         singles.append([figures[f"val_{kind}"] for kind in kinds])
         show(path, member.config.seed, singles[-1])
-    together = script.score(script.ensemble_predict(members, datasets, 512, runtime), targets)
+    together = script.score(script.ensemble_predict(members, datasets, runtime), targets)
     show("mean of the figures", "", np.mean(singles, axis=0))
     show("mean of the probabilities", "", [together[f"val_{kind}"] for kind in kinds])
     gain = together["val_accuracy"] - np.mean(singles, axis=0)[0]

@@ -22,7 +22,7 @@ def main() -> None:
     datasets, targets = script.validation_datasets([trained], config, runtime)
     for share in SHARES:
         softer = dataclasses.replace(trained, config=dataclasses.replace(trained.config, soften=share))
-        figures = script.score(script.ensemble_predict([softer], datasets, 512, runtime), targets)
+        figures = script.score(script.ensemble_predict([softer], datasets, runtime), targets)
         print(f"soften {share:<6} loss {figures['val_loss']:.4f}  accuracy {figures['val_accuracy']:.2%}  "
               f"top 3 {figures['val_top3_accuracy']:.2%}  per class {figures['val_class_accuracy']:.2%}", flush=True)
 

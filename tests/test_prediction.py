@@ -26,29 +26,30 @@ def member(seed: int, classes: list[str], **settings) -> Trained:
 
 def test_probabilities_stand_where_their_rows_do():
     model, data = script.build_model(CONFIG, 5), dataset()
-    whole = script.predict(model, data, np.arange(23), CONFIG, 100, CPU)
+    whole = script.predict(model, data, np.arange(23), CONFIG, CPU)
     assert whole.shape == (23, 5) and np.allclose(whole.sum(axis=1), 1, atol=1e-5)
     rows = np.random.default_rng(1).permutation(23)
-    for batch_size in (1, 4, 23):
-        assert np.allclose(script.predict(model, data, rows, CONFIG, batch_size, CPU), whole[rows], atol=1e-6)
+    for eval_batch_size in (1, 4, 23):
+        runtime = dataclasses.replace(CPU, eval_batch_size=eval_batch_size)
+        assert np.allclose(script.predict(model, data, rows, CONFIG, runtime), whole[rows], atol=1e-6)
 
 
 def test_a_network_without_numbers_is_an_error():
     model = script.build_model(CONFIG, 5)
     torch.nn.init.constant_(model.head[1].weight, float("nan"))
     with pytest.raises(DataError, match="training diverged"):
-        script.predict(model, dataset(), np.arange(23), CONFIG, 10, CPU)
+        script.predict(model, dataset(), np.arange(23), CONFIG, CPU)
 
 
 def test_an_ensemble_is_the_mean_of_its_members_by_class_name():
     first, second = member(0, ["1", "2", "3"]), member(1, ["3", "1", "2"], image_size=12)
     data, alone = dataset(), {}
     for trained in (first, second):
-        alone[trained.config.seed] = script.ensemble_predict([trained], [data], 10, CPU)
-    both = script.ensemble_predict([first, second], [data, data], 10, CPU)
+        alone[trained.config.seed] = script.ensemble_predict([trained], [data], CPU)
+    both = script.ensemble_predict([first, second], [data, data], CPU)
     assert np.allclose(both, (alone[0] + alone[1][:, [1, 2, 0]]) / 2, atol=1e-6)
     with pytest.raises(DataError, match=r"different classes \(3, 4\)"):
-        script.ensemble_predict([first, member(0, ["1", "2", "4"])], [data, data], 10, CPU)
+        script.ensemble_predict([first, member(0, ["1", "2", "4"])], [data, data], CPU)
 
 
 class TwoFeatures(torch.nn.Sequential):
@@ -85,13 +86,13 @@ def test_a_network_remembers_its_training_images_and_so_does_its_checkpoint(tmp_
                                rows[:15], rows[15:])
     alone = Trained(script.build_model(config, 5), config, data.classes, data.statistics, {})
     taught = dataclasses.replace(alone, model=script.remember(alone, data, CPU))
-    probabilities = script.ensemble_predict([taught], [data.dataset], 10, CPU)
+    probabilities = script.ensemble_predict([taught], [data.dataset], CPU)
     assert (probabilities[:15].argmax(axis=1) == targets[:15]).all() and np.allclose(probabilities.sum(axis=1), 1)
     script.save_checkpoint(tmp_path / "a.pth", taught.model, config, data.classes, data.statistics, taught.metrics)
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     assert content["model"].keys() == alone.model.state_dict().keys()
     loaded = script.load_checkpoint(tmp_path / "a.pth")
-    assert np.array_equal(script.ensemble_predict([loaded], [data.dataset], 10, CPU), probabilities)
+    assert np.array_equal(script.ensemble_predict([loaded], [data.dataset], CPU), probabilities)
 
 
 def test_the_submission_keeps_ids_order_and_text(tmp_path):

@@ -31,6 +31,11 @@ def test_a_device_that_does_not_compute_is_refused():
         start_runtime(Config(device="toaster"))
 
 
+def test_prediction_takes_as_many_images_at_once_as_asked():
+    assert start_runtime(Config(device="cpu")).eval_batch_size == 128
+    assert start_runtime(Config(device="cpu", eval_batch_size=7)).eval_batch_size == 7
+
+
 def test_a_listed_gpu_that_cannot_compute_falls_back_to_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(script, "device_fault", lambda name: "no kernel image is available" if name == "cuda" else "")

@@ -131,7 +131,7 @@ def report(given: argparse.Namespace) -> None:
     folder, runtime = script.output_folder(config), script.start_runtime(config)
     members = [script.load_checkpoint(path) for path in given.checkpoints]
     datasets, targets = script.validation_datasets(members, config, runtime)
-    probabilities = script.ensemble_predict(members, datasets, config.eval_batch_size, runtime)
+    probabilities = script.ensemble_predict(members, datasets, runtime)
     classes, predicted = members[0].classes, probabilities.argmax(axis=1)
     symbols = script.read_symbols(config)
     counts = confusion_counts(targets, predicted, len(classes))
