@@ -24,7 +24,9 @@ The rooms, in the order of an image's way from a CSV row to a submission row. To
 """
 
 import argparse
+import contextlib
 import copy
+import csv
 import ctypes
 import dataclasses
 import difflib
@@ -45,7 +47,6 @@ import types
 import typing
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -385,7 +386,7 @@ def seed_of(config: Config, epoch: int, step: int) -> int:
     return int(np.random.SeedSequence([config.seed, epoch, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
-@contextmanager
+@contextlib.contextmanager
 def whole_file(path: Path):
     """Yield a name to write to; the file gets its own name only when it is whole and on the disk."""
     temporary = path.with_name(f".{os.getpid()}.{path.name}")
@@ -413,16 +414,39 @@ def output_folder(config: Config) -> Path:
 
 # ==== 3. Tables and labels ============================================================================================
 
-def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """Read a CSV's named columns, every cell as the text it is, and refuse cells that are empty.
+@dataclass(frozen=True, eq=False)
+class Table:
+    """A table's rows, and its images where they are no files of their own."""
 
-    The index is the row's number in a spreadsheet (the header is row 1); `attrs["path"]` is the file. Other columns
-    are ignored. Raises DataError naming the file, the row and the remedy.
+    path: str           # what messages call it
+    rows: pd.DataFrame  # label or example_id, and image_path where there is one, as text; index: the spreadsheet's row
+    pixels: np.ndarray | None = None  # grey levels [N, side, side], uint8, where they stand in the table
+    submission_columns: tuple[str, str] = ("example_id", "label")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def open_table(config: Config, name: str, column: str, part: Literal["train", "test"]) -> Table:
+    """A table by its name, with `column` (label or example_id) and its images: files, pixels or torchvision's.
+
+    Which kind it is, is found from the file itself. Raises DataError naming the file, the row and the remedy.
     """
+    if name.startswith("torchvision:"):
+        return torchvision_table(config, name, column, part)
+    path = Path(config.data_dir, name)
+    header = read_csv(path, ("image_path", column), nrows=0).columns.str.strip()
+    if "image_path" not in header and header.str.fullmatch(PIXEL).any():
+        return pixel_table(path, header, column)
+    return Table(str(path), read_table(path, ("image_path", "label") if column == "label" else (column, "image_path")))
+
+
+def read_csv(path: Path, columns: tuple[str, ...], **options) -> pd.DataFrame:
+    """pandas.read_csv, every cell as the text it is; its errors become a DataError with the remedy."""
     try:
         with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):
-            table = pd.read_csv(path, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig",
-                                skip_blank_lines=False)
+            return pd.read_csv(path, **{"dtype": str, "na_filter": False, "index_col": False, "encoding": "utf-8-sig",
+                                        "skip_blank_lines": False, **options})
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; put it there, or name its folder with --data-dir") from None
     except pd.errors.EmptyDataError:
@@ -430,14 +454,95 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     except Exception as error:  # pandas, codecs and decompressors each raise their own
         raise DataError(f"{path}: not a readable CSV table ({first_line(error)}); save it as UTF-8, "
                         "with commas between cells and quotes around a cell that holds one") from None
+
+
+def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """Read a CSV's named columns, every cell as the text it is, and refuse cells that are empty.
+
+    The index is the row's number in a spreadsheet (the header is row 1). Other columns are ignored. Raises DataError
+    naming the file, the row and the remedy.
+    """
+    table = read_csv(path, columns)
     table.columns = table.columns.str.strip()
     check_columns(path, table.columns, columns)
     table = table[list(columns)].fillna("")  # a row that is too short gets NaN even so
     filled = (table != "").any(axis=1).to_numpy().nonzero()[0]
     table = table.iloc[: filled[-1] + 1 if len(filled) else 0]  # blank lines may end a file
-    table.index, table.attrs["path"] = pd.RangeIndex(2, len(table) + 2), str(path)
+    table.index = pd.RangeIndex(2, len(table) + 2)
     check_cells(path, table)
     return table
+
+
+PIXEL = r"pixel[0-9]+"
+
+
+def pixel_table(path: Path, header: pd.Index, column: str) -> Table:
+    """A table whose columns pixel0, pixel1, ... hold a square image, row by row, in grey levels of 0 to 255.
+
+    Rows to predict count from 1 where they have no ids. Raises DataError naming the file, the row and the remedy.
+    """
+    names = sorted(header[header.str.fullmatch(PIXEL)], key=lambda name: int(name[5:]))
+    side = math.isqrt(len(names))
+    if names != [f"pixel{number}" for number in range(side * side)]:
+        raise DataError(f"{path}: {len(names)} pixel columns, {names[0]} to {names[-1]}, are no square image; one of "
+                        f"{side} x {side} has pixel0 to pixel{side * side - 1}")
+    ids = next((name for name in ("example_id", "ImageId") if name in header), None)
+    texts = ["label"] if column == "label" else [ids] if ids else []
+    check_columns(path, header, tuple(texts))
+    kinds = {**dict.fromkeys(header, str), **dict.fromkeys(names, np.int16)}
+    try:
+        table = read_csv(path, tuple(texts), dtype=kinds, header=0, names=header, na_filter=True,
+                         keep_default_na=False, skip_blank_lines=True)
+    except DataError:
+        raise DataError(pixel_fault(path, header)) from None
+    pixels = table[names].to_numpy()
+    rows = table[texts].set_axis([column] * len(texts), axis=1) if texts else pd.DataFrame(
+        {column: [str(number) for number in range(1, len(table) + 1)]})
+    rows.index = pd.RangeIndex(2, len(rows) + 2)
+    check_cells(path, rows)
+    if pixels.min() < 0 or pixels.max() > 255:
+        raise DataError(pixel_fault(path, header))
+    return Table(str(path), rows, pixels.astype(np.uint8).reshape(-1, side, side),
+                 ("example_id", "label") if ids == "example_id" else ("ImageId", "Label"))
+
+
+def pixel_fault(path: Path, header: pd.Index) -> str:
+    """What is wrong with the first row of a pixel table that cannot be used."""
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        for row, cells in enumerate(csv.reader(file), start=1):
+            if cells and len(cells) != len(header):
+                return f"{path}, row {row}: {len(cells)} cells under a header of {len(header)}; write the row again"
+            for name, cell in zip(header, cells) if row > 1 else ():
+                if re.fullmatch(PIXEL, name) and not (cell.strip().isdecimal() and int(cell) < 256):
+                    return f"{path}, row {row}: {name} is {cell!r}; a pixel is a whole number from 0 to 255"
+    return f"{path}: not every pixel is a whole number from 0 to 255"
+
+
+def torchvision_table(config: Config, name: str, column: str, part: str) -> Table:
+    """A part of torchvision:NAME, or torchvision:EMNIST:SPLIT, downloaded into the cache folder if it is not there.
+
+    Classes are called as torchvision calls them; rows to predict count from 1.
+    """
+    from torchvision import datasets
+
+    kind, split = (name.removeprefix("torchvision:") + ":").split(":")[:2]
+    splits = datasets.EMNIST.splits if kind == "EMNIST" else ("",)
+    if kind not in ("MNIST", "FashionMNIST", "KMNIST", "EMNIST") or split not in splits:
+        raise UsageError(f"{name} is not known; there are torchvision:MNIST, FashionMNIST, KMNIST, and EMNIST with "
+                         f"its split: torchvision:EMNIST:{', '.join(datasets.EMNIST.splits)}")
+    folder = cache_folder(config)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            data = getattr(datasets, kind)(folder, train=part == "train", download=True,
+                                           **({"split": split} if split else {}))
+    except Exception as error:  # urllib, ssl, zipfile and torchvision each raise their own
+        raise DataError(f"{name}: neither in {folder / kind} nor to be downloaded ({first_line(error)}); put its files "
+                        f"into {folder / kind / 'raw'}, or name their folder's folder with --cache-dir") from None
+    pixels = data.data.numpy().swapaxes(1, 2) if kind == "EMNIST" else data.data.numpy()  # EMNIST's lie on their side
+    labels = [data.classes[number].split(" - ")[0] for number in data.targets.tolist()]  # "7 - seven" in MNIST
+    cells = labels if column == "label" else [str(number) for number in range(1, len(labels) + 1)]
+    return Table(name, pd.DataFrame({column: cells}, index=pd.RangeIndex(1, len(cells) + 1)),
+                 np.ascontiguousarray(pixels), ("ImageId", "Label"))
 
 
 def check_columns(path: Path, found: pd.Index, wanted: tuple[str, ...]) -> None:
@@ -446,7 +551,8 @@ def check_columns(path: Path, found: pd.Index, wanted: tuple[str, ...]) -> None:
         if name not in found:
             near = difflib.get_close_matches(name, found, 1, 0.7)
             hint = f"rename {near[0]!r}" if near and len(found) > 1 else "is it separated by commas?"
-            raise DataError(f"{path}: no column {name!r} in its header ({', '.join(found)}); {hint}")
+            names = ", ".join(found[:20]) + (", ..." if len(found) > 20 else "")
+            raise DataError(f"{path}: no column {name!r} in its header ({names}); {hint}")
         if list(found).count(name) > 1 or f"{name}.1" in found:
             raise DataError(f"{path}: the column {name!r} stands there twice; remove one")
 
@@ -462,25 +568,31 @@ def check_cells(path: Path, table: pd.DataFrame) -> None:
             raise DataError(f"{path}, row {empty[0]}{more}: {name} is empty; fill it in or remove the row")
 
 
-def read_train_table(config: Config) -> pd.DataFrame:
-    """The training table: image_path, label."""
-    table = read_table(Path(config.data_dir, config.train_csv), ("image_path", "label"))
-    if table.label.nunique() < 2:
-        raise DataError(f"{table.attrs['path']}: every row has the label {table.label.iloc[0]!r}; "
+def read_train_table(config: Config) -> Table:
+    """The training table, with labels of at least two classes."""
+    table = open_table(config, config.train_csv, "label", "train")
+    if table.rows.label.nunique() < 2:
+        raise DataError(f"{table.path}: every row has the label {table.rows.label.iloc[0]!r}; "
                         "a classifier needs at least two classes")
     return table
 
 
-def read_test_table(config: Config) -> pd.DataFrame:
-    """The test table: example_id, image_path. Raises DataError for an id that stands there twice."""
-    table = read_table(Path(config.data_dir, config.test_csv), ("example_id", "image_path"))
-    repeated = table.index[table.example_id.duplicated()]
+def read_test_table(config: Config) -> Table:
+    """The table to predict, with example ids. Raises DataError for an id that stands there twice."""
+    table = open_table(config, test_name(config), "example_id", "test")
+    ids = table.rows.example_id
+    repeated = ids.index[ids.duplicated()]
     if len(repeated):
-        example = table.example_id[repeated[0]]
-        first = table.index[table.example_id == example][0]
-        raise DataError(f"{table.attrs['path']}, row {repeated[0]}: example_id {example!r} stands already in row "
-                        f"{first}; each id may stand once")
+        example = ids[repeated[0]]
+        raise DataError(f"{table.path}, row {repeated[0]}: example_id {example!r} stands already in row "
+                        f"{ids.index[ids == example][0]}; each id may stand once")
     return table
+
+
+def test_name(config: Config) -> str:
+    """The table to predict: test_csv, or the other part of torchvision's data where none was named."""
+    own = config.train_csv.startswith("torchvision:") and config.test_csv == Config.test_csv
+    return config.train_csv if own else config.test_csv
 
 
 def sort_classes(labels: pd.Series) -> list[str]:
@@ -590,15 +702,16 @@ def to_ink(grey: np.ndarray, alpha: np.ndarray | None, statistics: ImageStatisti
     return np.asarray(page)
 
 
-def look_at_images(root: Path, names: list[str], image_size: int) -> ImageStatistics:
+def look_at_images(table: Table, config: Config) -> ImageStatistics:
     """Polarity and stored size, from up to 256 images spread over the table; unreadable ones are left for later.
 
     Stored are the images' own pixels, or image_size where they have more than the network will see.
     """
-    papers, sides = [], []
-    for name in names[:: math.ceil(len(names) / 256)]:
+    papers, sides, image_size = [], [], config.image_size
+    for place in range(0, len(table), math.ceil(len(table) / 256)):
         try:
-            grey, alpha = read_grey(os.path.join(root, name))
+            grey, alpha = (table.pixels[place], None) if table.pixels is not None else read_grey(
+                os.path.join(config.data_dir, config.root_dir, table.rows.image_path.iloc[place]))
             papers.append(paper_of(grey, alpha))
             sides.append(max(grey.shape))
         except Exception:  # named with its row when all images are decoded
@@ -650,12 +763,16 @@ def file_identities(paths: list[str]) -> np.ndarray:
     return identities
 
 
+def cache_folder(config: Config) -> Path:
+    """Where decoded images and torchvision's data are kept."""
+    shared = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(config.cache_dir or os.path.join(shared, "symbol-classifier"))
+
+
 def cache_file(config: Config, root: Path, names: list[str], statistics: ImageStatistics) -> Path:
     """Where a table's decoded images are kept, followed by the identities of the files that they came from."""
     key = json.dumps([CACHE_FORMAT, str(root.resolve()), dataclasses.astuple(statistics), names])
-    shared = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = config.cache_dir or os.path.join(shared, "symbol-classifier")
-    return Path(folder, f"images-{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin")
+    return cache_folder(config) / f"images-{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"
 
 
 def read_cache(path: Path, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray] | None:
@@ -683,13 +800,15 @@ def write_cache(path: Path, images: np.ndarray, identities: np.ndarray) -> np.nd
         return images
 
 
-def load_images(table: pd.DataFrame, config: Config, statistics: ImageStatistics) -> tuple[np.ndarray, list[str]]:
+def load_images(table: Table, config: Config, statistics: ImageStatistics) -> tuple[np.ndarray, list[str]]:
     """A table's images as ink, uint8 [N, 1, size, size], and a line for each that cannot be used.
 
     Decodes what the cache does not hold: all, or the files that changed since.
     """
+    if table.pixels is not None:
+        return np.stack([to_ink(grey, None, statistics) for grey in table.pixels])[:, None], []
     root = Path(config.data_dir, config.root_dir)
-    names = table.image_path.tolist()
+    names = table.rows.image_path.tolist()
     paths = [os.path.join(root, name) for name in names]
     cache = cache_file(config, root, names, statistics)
     identities, held = file_identities(paths), read_cache(cache, (len(names), statistics.size, statistics.size))
@@ -700,19 +819,19 @@ def load_images(table: pd.DataFrame, config: Config, statistics: ImageStatistics
     started = time.perf_counter()
     fresh, faults = decode_images([paths[position] for position in stale], statistics, config.num_workers)
     seconds = time.perf_counter() - started
-    print(f"decoded {len(stale):,} images of {table.attrs['path']} in {seconds:.1f} s ({len(stale) / seconds:,.0f}/s)")
+    print(f"decoded {len(stale):,} images of {table.path} in {seconds:.1f} s ({len(stale) / seconds:,.0f}/s)")
     images = np.array(held[0]) if held else np.empty((len(paths), *fresh.shape[1:]), dtype=np.uint8)
     images[stale] = fresh
     identities[stale[list(faults)]] = -1  # to be tried again, without the others
     return write_cache(cache, images, identities)[:, None], [
-        f"{table.attrs['path']}, row {table.index[stale[position]]}: {names[stale[position]]}: {fault}"
+        f"{table.path}, row {table.rows.index[stale[position]]}: {names[stale[position]]}: {fault}"
         for position, fault in faults.items()]
 
 
-def load_all_images(tables: list[pd.DataFrame], config: Config, statistics: ImageStatistics) -> list[np.ndarray]:
+def load_all_images(tables: list[Table], config: Config, statistics: ImageStatistics) -> list[np.ndarray]:
     """The images of every table, uint8 [N, 1, size, size] each; raises DataError listing the first ten bad ones."""
     root = Path(config.data_dir, config.root_dir)
-    if not root.is_dir():
+    if not root.is_dir() and any(table.pixels is None for table in tables):
         raise DataError(f"{root}: no such folder; name the images' folder with --root-dir")
     loaded = [load_images(table, config, statistics) for table in tables]
     faults = [fault for _, faults in loaded for fault in faults]
@@ -1365,7 +1484,7 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
     return total / len(members)
 
 
-def member_datasets(members: list[Trained], table: pd.DataFrame, rows: np.ndarray, config: Config,
+def member_datasets(members: list[Trained], table: Table, rows: np.ndarray, config: Config,
                     runtime: Runtime) -> list[MathSymbolDataset]:
     """These rows of a table as each member's dataset, its images prepared in the member's way."""
     datasets = {}
@@ -1387,20 +1506,21 @@ def validation_datasets(members: list[Trained], config: Config,
         raise DataError("the checkpoints were split by different --split-seed or --train-val-split: what one was "
                         "trained on, another would be validated on; score them one by one")
     table, classes = read_train_table(config), members[0].classes
-    if set(table.label) != set(classes):
-        raise DataError(f"{table.attrs['path']}: not the classes that the checkpoint was trained on; name its own "
+    if set(table.rows.label) != set(classes):
+        raise DataError(f"{table.path}: not the classes that the checkpoint was trained on; name its own "
                         "table with --data-dir")
-    targets = pd.Categorical(table.label, categories=classes).codes.astype(np.int64)
+    targets = pd.Categorical(table.rows.label, categories=classes).codes.astype(np.int64)
     rows = split_rows(targets, members[0].config)[1]
     if not len(rows):
         raise DataError("the checkpoint was trained on every row (--train-val-split 1): none is left to validate on")
     return member_datasets(members, table, rows, config, runtime), targets[rows]
 
 
-def write_submission(path: Path, ids: pd.Series, probabilities: np.ndarray, classes: list[str]) -> None:
-    """Write example_id,label with the test file's ids in its order, and read it back before it gets its name."""
+def write_submission(path: Path, table: Table, probabilities: np.ndarray, classes: list[str]) -> None:
+    """Write the table's ids in its order, each with its label, and read it back before it gets its name."""
     predicted = np.array(classes, dtype=object)[probabilities.argmax(axis=1)]
-    submission = pd.DataFrame({"example_id": ids.to_numpy(), "label": predicted}).astype("str")
+    cells = zip(table.submission_columns, (table.rows.example_id.to_numpy(), predicted))
+    submission = pd.DataFrame(dict(cells)).astype("str")
     with whole_file(path) as temporary:
         submission.to_csv(temporary, index=False)
         if not pd.read_csv(temporary, dtype=str, na_filter=False).equals(submission):
@@ -1451,19 +1571,18 @@ def plot_class_distribution(path: Path, classes: list[str], targets: np.ndarray,
 
 # ==== 11. Commands ====================================================================================================
 
-def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, pd.DataFrame, MathSymbolDataset]:
+def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, MathSymbolDataset]:
     """Read and check everything before any training: the complete config, training data, test table and images."""
     train_table, test_table = read_train_table(config), read_test_table(config)
-    classes = sort_classes(train_table.label)
-    targets = pd.Categorical(train_table.label, categories=classes).codes.astype(np.int64)
+    classes = sort_classes(train_table.rows.label)
+    targets = pd.Categorical(train_table.rows.label, categories=classes).codes.astype(np.int64)
     print(describe_classes(classes, targets))
     train_rows, val_rows = split_rows(targets, config)
     if config.schedule == "plateau" and not len(val_rows):
         raise UsageError(f"--schedule plateau needs validation rows, and no class has {SMALLEST_CLASS_TO_SPLIT} rows; "
                          "take --schedule cosine")
     config = complete_config(config, runtime, len(train_rows))
-    root = Path(config.data_dir, config.root_dir)
-    statistics = look_at_images(root, train_table.image_path.tolist(), config.image_size)
+    statistics = look_at_images(train_table, config)
     train_images, test_images = load_all_images([train_table, test_table], config, statistics)
     dataset = MathSymbolDataset(train_images, targets, runtime, config.pin_memory)
     print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on, {len(test_table):,} to predict; "
@@ -1490,7 +1609,7 @@ def run(config: Config, started: float) -> None:
         best = dataclasses.replace(best, model=voting, metrics=metrics)
         save_checkpoint(folder / "best_model.pth", best.model, config, data.classes, data.statistics, best.metrics)
     probabilities = ensemble_predict([best], [test_dataset], runtime)
-    write_submission(folder / "submission.csv", test_table.example_id, probabilities, data.classes)
+    write_submission(folder / "submission.csv", test_table, probabilities, data.classes)
     write_run_record(folder / "run.json", config, runtime, best.metrics, started)
     print(describe_result(folder, best.metrics, history, started))
 
@@ -1506,7 +1625,7 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     table = read_test_table(config)
     datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
     probabilities = ensemble_predict(members, datasets, runtime)
-    write_submission(folder / "submission.csv", table.example_id, probabilities, members[0].classes)
+    write_submission(folder / "submission.csv", table, probabilities, members[0].classes)
     print(f"wrote {folder / 'submission.csv'}: {len(table):,} rows, the mean of {len(members)} networks, "
           f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")
 

@@ -12,7 +12,6 @@ import dataclasses
 import shutil
 import tempfile
 import time
-from pathlib import Path
 
 import torch
 
@@ -31,10 +30,9 @@ def clock(function, *arguments):
 def decode_and_open(config: script.Config) -> tuple[float, float, int]:
     """Seconds to decode all images of both tables into an empty cache, seconds to open it again, number of images."""
     tables = [script.read_train_table(config), script.read_test_table(config)]
-    root = Path(config.data_dir, config.root_dir)
     with tempfile.TemporaryDirectory() as cache:
         config = dataclasses.replace(config, cache_dir=cache)
-        statistics = script.look_at_images(root, tables[0].image_path.tolist(), 48)
+        statistics = script.look_at_images(tables[0], dataclasses.replace(config, image_size=48))
         return (clock(script.load_all_images, tables, config, statistics),
                 clock(script.load_all_images, tables, config, statistics), sum(map(len, tables)))
 

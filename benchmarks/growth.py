@@ -11,11 +11,11 @@ steps, and that without the array.
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,10 +29,10 @@ def measure(config: script.Config, size: int, steps: int) -> str:
     runtime = script.start_runtime(config)
     with contextlib.redirect_stdout(io.StringIO()):
         table = script.read_train_table(config)
-        statistics = script.look_at_images(Path(config.data_dir, config.root_dir), table.image_path.tolist(), 32)
+        statistics = script.look_at_images(table, dataclasses.replace(config, image_size=32))
         images = script.load_all_images([table], config, statistics)[0]
     repeated = np.arange(size) % len(table)
-    labels = table.label.iloc[repeated]
+    labels = table.rows.label.iloc[repeated]
     images = np.ascontiguousarray(images[repeated])
     started = time.perf_counter()
     classes = script.sort_classes(labels)

@@ -141,7 +141,7 @@ def compare(model: str, given: argparse.Namespace) -> None:
     runtime = script.start_runtime(config)
     with contextlib.redirect_stdout(io.StringIO()):
         config, data, *_ = script.prepare_data(config, runtime)
-    names = script.read_train_table(config).image_path
+    names = script.read_train_table(config).rows.image_path
     paths = [os.path.join(config.data_dir, config.root_dir, name) for name in names]
     ours, reference, peak = Ours(config, data, runtime), Reference(config, data, paths, runtime), Peak(runtime)
     operations = operations_per_image(config, len(data.classes))

@@ -57,13 +57,17 @@ def test_jpeg_gif_and_exif_are_read_upright(tmp_path):
     assert np.abs(script.read_grey(str(tmp_path / "a.jpg"))[0].astype(int) - drawing()).mean() < 5
 
 
+def look_at(folder, names):
+    table = script.Table("train.csv", pd.DataFrame({"image_path": names}))
+    return script.look_at_images(table, Config(root_dir=str(folder), image_size=48))
+
+
 @pytest.mark.parametrize("paper", [255, 0])
 def test_polarity_is_found_from_the_images(tmp_path, paper):
     for number in range(5):
         grey = drawing() if paper == 255 else 255 - drawing()
         Image.fromarray(grey).save(tmp_path / f"{number}.png")
-    names = [f"{number}.png" for number in range(5)]
-    statistics = script.look_at_images(tmp_path, names, image_size=48)
+    statistics = look_at(tmp_path, [f"{number}.png" for number in range(5)])
     assert statistics == ImageStatistics(paper, 32)
     ink = script.to_ink(*script.read_grey(str(tmp_path / "0.png")), statistics)
     assert np.array_equal(ink, 255 - drawing())
@@ -81,7 +85,7 @@ def test_other_sizes_are_fitted_on_paper_without_distortion(shape):
 
 def test_large_images_are_stored_at_the_networks_size(tmp_path):
     Image.fromarray(drawing()).resize((200, 150)).save(tmp_path / "a.png")
-    assert script.look_at_images(tmp_path, ["a.png"], image_size=48) == ImageStatistics(255, 48)
+    assert look_at(tmp_path, ["a.png"]) == ImageStatistics(255, 48)
 
 
 def load(competition, tmp_path, **settings):
@@ -103,7 +107,8 @@ def test_a_second_run_does_not_decode(competition, tmp_path, monkeypatch):
 @pytest.mark.parametrize("keep_times", [False, True])
 def test_a_changed_file_is_noticed_and_only_that_one_decoded(competition, tmp_path, monkeypatch, keep_times):
     first = np.array(load(competition, tmp_path))
-    path = competition / "Dataset_Image" / script.read_train_table(Config(data_dir=str(competition))).image_path.iloc[7]
+    names = script.read_train_table(Config(data_dir=str(competition))).rows.image_path
+    path = competition / "Dataset_Image" / names.iloc[7]
     before = path.stat()
     data = bytearray(path.read_bytes())
     Image.fromarray(255 - drawing()).save(path)
@@ -153,7 +158,7 @@ def test_processes_decode_the_same_as_this_one(competition, tmp_path, monkeypatc
 
 
 def test_the_first_ten_bad_images_are_listed_by_row(competition, tmp_path, monkeypatch):
-    table = script.read_train_table(Config(data_dir=str(competition)))
+    table = script.read_train_table(Config(data_dir=str(competition))).rows
     root = competition / "Dataset_Image"
     whole = (root / table.image_path.iloc[0]).read_bytes()
     faults = {3: b"", 4: b"<html>not found</html>", 5: whole[: len(whole) // 2], 6: None}

@@ -95,11 +95,15 @@ def test_a_network_remembers_its_training_images_and_so_does_its_checkpoint(tmp_
     assert np.array_equal(script.ensemble_predict([loaded], [data.dataset], CPU), probabilities)
 
 
+def ids_table(ids):
+    return script.Table("test.csv", pd.DataFrame({"example_id": ids}))
+
+
 def test_the_submission_keeps_ids_order_and_text(tmp_path):
     ids, labels = ["10", "a,b", "007", "NA", "ü"], ["\\frac{a}{b}", "007", "NA", 'quote"d', "x,y"]
     order = np.random.default_rng(0).permutation(5)
     classes = [labels[place] for place in order]
-    script.write_submission(tmp_path / "submission.csv", pd.Series(ids), np.eye(5)[np.argsort(order)], classes)
+    script.write_submission(tmp_path / "submission.csv", ids_table(ids), np.eye(5)[np.argsort(order)], classes)
     written = pd.read_csv(tmp_path / "submission.csv", dtype=str, na_filter=False)
     assert written.columns.tolist() == ["example_id", "label"]
     assert written.example_id.tolist() == ids and written.label.tolist() == labels
@@ -110,7 +114,7 @@ def test_a_submission_that_does_not_read_back_keeps_the_old_one(tmp_path, monkey
     path.write_text("old")
     monkeypatch.setattr(pd.DataFrame, "to_csv", lambda self, name, **_: name.write_text("example_id,label\n1,2\n"))
     with pytest.raises(DataError, match="does not read back"):
-        script.write_submission(path, pd.Series(["1", "3"]), np.eye(2), ["2", "4"])
+        script.write_submission(path, ids_table(["1", "3"]), np.eye(2), ["2", "4"])
     assert path.read_text() == "old"
 
 
