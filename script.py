@@ -46,6 +46,7 @@ import time
 import types
 import typing
 import warnings
+from collections import OrderedDict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,9 @@ from tqdm import tqdm
 
 # ==== 1. Config: every number that a user tunes; a field is also a flag (`--num-epochs 5`), its comment the help ======
 
+Schedule = Literal["cosine", "onecycle", "cyclic", "step", "multistep", "plateau", "constant"]
+
+
 @dataclass(frozen=True)
 class Config:
     """All settings of a run. None ("auto" on the command line) takes the value of the model's recipe in RECIPES.
@@ -71,14 +75,20 @@ class Config:
 
     # Files
     data_dir: str = "."                 # folder where relative train_csv, test_csv and root_dir are looked for
-    train_csv: str = "train.csv"        # training table with the columns image_path and label
-    test_csv: str = "test.csv"          # test table with the columns example_id and image_path
+    train_csv: str = "train.csv"        # training table: image_path,label or label,pixel0,...; or torchvision:MNIST
+    test_csv: str = "test.csv"          # test table: example_id,image_path or pixel0,...; evaluate: one with labels
     root_dir: str = "Dataset_Image"     # folder that the tables' image paths start from
     output_dir: str = "."               # folder where everything is written
-    cache_dir: str = ""                 # folder of the decoded images (empty: in the user's cache folder)
+    cache_dir: str = ""                 # folder of decoded and downloaded images (empty: in the user's cache folder)
+    model_file: str = "best_model.pth"  # checkpoint of the best epoch, in output_dir
+    submission_file: str = "submission.csv"  # what is uploaded, in output_dir
+    pictures: bool = True               # draw samples, curves, confusions, accuracy by class and predictions
 
     # Model
-    model: str = "auto"                 # resnet, cnn, or auto: resnet on an accelerator, cnn on a CPU
+    model: str = "auto"                 # a key of MODELS, torchvision:NAME, or auto: resnet on an accelerator, else cnn
+    weights: str = ""                   # start from: a checkpoint, torchvision (its pretrained ones) or a file of them
+    freeze_epochs: int = 0              # epochs in which only the last layer learns
+    normalize: Literal["none", "standard", "min-max"] = "none"  # mean and deviation of all pixels, or each one's range
     image_size: int | None = None       # side in pixels of what the network sees
     dropout: float | None = None        # dropout before the last layer (a smaller share of it in the cnn's stages)
     neighbours: int = 30                # training images nearest to an image that vote on its class (0: none do)
@@ -90,9 +100,15 @@ class Config:
     num_epochs: int | None = None       # passes over the training rows
     min_steps: int = 600                # where num_epochs is auto, small tables get epochs enough for so many steps
     max_minutes: float = 0.0            # end the whole run within this time, if num_epochs do not before (0: no limit)
-    weight_decay: float = 0.01          # AdamW's decay of matrices and kernels (biases and batch norm have none)
-    schedule: Literal["cosine", "plateau", "constant"] = "cosine"  # of the learning rate
-    warmup: float = 0.2                 # cosine, constant: share of the training in which the rate rises to its peak
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"  # how gradients become steps
+    momentum: float = 0.9               # sgd: of its velocity
+    weight_decay: float = 0.01          # decay of matrices and kernels (biases and batch norm have none)
+    accumulate: int = 1                 # batches whose gradients are averaged for one step of the optimizer
+    schedule: Schedule = "cosine"       # of the learning rate
+    warmup: float = 0.2                 # share of training in which the rate rises to its peak (not cyclic, plateau)
+    step_epochs: int = 5                # step: epochs between drops; cyclic: epochs from the lowest rate to the highest
+    milestones: str = "10,15"           # multistep: epochs after which the rate drops
+    gamma: float = 0.1                  # step, multistep: what the rate is multiplied by; cyclic: lowest share of it
     plateau_factor: float = 0.5         # plateau: what the rate is multiplied by
     plateau_patience: int = 2           # plateau: epochs without a better validation accuracy before that
     label_smoothing: float = 0.1        # share of the target that is spread over all classes
@@ -101,7 +117,8 @@ class Config:
     max_grad_norm: float = 1.0          # gradients are clipped to this norm (0: never)
     average_decay: float = 0.999        # exponential moving average of weights and batch statistics (0: none)
     train_val_split: float = 0.9        # share of the labelled rows to train on (1: all, and keep the last epoch)
-    select_by: Literal["accuracy", "loss"] = "accuracy"  # validation figure that chooses best_model.pth
+    select_by: Literal["accuracy", "loss"] = "accuracy"  # validation figure that chooses the epoch to keep
+    early_stopping: int = 0             # epochs without a better one after which training ends (0: never)
     seed: int = 0                       # of the first weights and of every random draw
     split_seed: int = 42                # of the validation rows, and of nothing else
 
@@ -112,6 +129,8 @@ class Config:
     shear: float = 0.2                  # slant: sideways share of the height
     stretch: float = 0.15               # share by which the width changes against the height
     shift: float = 0.0                  # share of the side
+    crop: float = 0.0                   # probability that a part of the image is cut out and scaled up
+    crop_size: float = 0.8              # smallest side of that part, as a share of the image's
     perspective: float = 0.0            # how much nearer one edge is than the middle
     elastic: float = 0.05               # deviation of a 5x5 grid's smooth displacements, as a share of half the side
     refit: bool = True                  # warped ink keeps its middle and its longer side, but for scale and shift
@@ -132,43 +151,98 @@ class Config:
     def __post_init__(self) -> None:
         for name, annotation in typing.get_type_hints(Config).items():
             check_setting(name, annotation, getattr(self, name))
-        if self.model not in ("auto", *MODELS):
-            raise ValueError(f"model must be one of auto, {', '.join(MODELS)}, not {self.model!r}")
-        if self.train_val_split == 1 and self.schedule == "plateau":
-            raise ValueError("schedule plateau needs validation rows: set train_val_split below 1")
+        check_model(self.model)
+        if not re.fullmatch(r"[0-9]+(, *[0-9]+)*", self.milestones):
+            raise ValueError(f"milestones must be epochs with commas between them, not {self.milestones!r}")
+        needy = "schedule plateau" if self.schedule == "plateau" else "early_stopping" if self.early_stopping else ""
+        if needy and self.train_val_split == 1:
+            raise ValueError(f"{needy} needs validation rows: set train_val_split below 1")
+        for name in ("model_file", "submission_file"):
+            if not getattr(self, name) or Path(getattr(self, name)).name != getattr(self, name):
+                raise ValueError(f"{name} must be a file's name without a folder, not {getattr(self, name)!r}; the "
+                                 "folder is output_dir")
 
 
 # What a field's number may be: smallest and largest. A field that is not listed may be any number from 0 up.
 LIMITS = {
     "image_size": (8, 1024), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf), "num_epochs": (1, math.inf),
-    "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "warmup": (0, 1), "plateau_factor": (1e-6, 0.999),
+    "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "momentum": (0, 0.9999), "accumulate": (1, math.inf),
+    "warmup": (0, 1), "step_epochs": (1, math.inf), "gamma": (1e-6, 1), "plateau_factor": (1e-6, 0.999),
     "label_smoothing": (0, 0.99), "mixup_alpha": (1e-3, math.inf), "average_decay": (0, 0.999999),
     "train_val_split": (0.01, 1), "rotation": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "stretch": (0, 1),
-    "shift": (0, 1), "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1),
-    "erasing": (0, 1), "erasing_size": (0.01, 1), "soften": (0, 0.25), "neighbour_share": (0, 0.99),
-    "num_workers": (-1, 1024),
+    "shift": (0, 1), "crop": (0, 1), "crop_size": (0.1, 1), "perspective": (0, 0.45), "elastic": (0, 1),
+    "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1), "erasing_size": (0.01, 1), "soften": (0, 0.25),
+    "neighbour_share": (0, 0.99), "num_workers": (-1, 1024),
 }
 
-# What "auto" stands for, by model: the best seen on validation rows (benchmarks/RESULTS.md).
+# What "auto" stands for, by model: the best seen on validation rows (benchmarks/RESULTS.md), the other nets' usual.
 RECIPES = {
     "resnet": {"image_size": 48, "batch_size": 256, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.2},
     "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.3},
+    "digit-cnn": {"image_size": 28, "batch_size": 128, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.25},
+    "mlp": {"image_size": 28, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.0},
+    "tiny": {"image_size": 28, "batch_size": 128, "learning_rate": 1e-2, "num_epochs": 20, "dropout": 0.0},
+    "torchvision": {"image_size": 64, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.2},
 }
 
-# The recipes of the projects that this one grew out of: `--preset NAME`, or Config(**PRESETS[NAME]).
+# A recipe with nothing of ours: what the presets add to is theirs.
+PLAIN = {
+    "weight_decay": 0.0, "warmup": 0.0, "label_smoothing": 0.0, "average_decay": 0.0, "max_grad_norm": 0.0,
+    "neighbours": 0, "dropout": 0.0, "rotation": 0.0, "scale": 0.0, "shear": 0.0, "stretch": 0.0, "elastic": 0.0,
+    "refit": False, "soften": 0.0, "image_size": 28, "schedule": "constant",
+}
+
+# The recipes of the projects that this one grew out of, and for digits our own: `--preset NAME`, or
+# Config(**PRESETS[NAME]). docs/origins.md says what is whose.
 PRESETS = {
-    "classic": {
+    "classic": PLAIN | {
         "batch_size": 32, "learning_rate": 3e-4, "weight_decay": 2e-5, "num_epochs": 20, "image_size": 48,
-        "dropout": 0.5, "mixup": True, "mixup_alpha": 0.4, "schedule": "plateau", "warmup": 0.0, "label_smoothing": 0.0,
-        "average_decay": 0.0, "rotation": 15.0, "scale": 0.1, "shear": 0.1, "stretch": 0.0, "shift": 0.1,
-        "perspective": 0.1, "elastic": 0.0, "refit": False, "brightness": 0.2, "contrast": 0.2, "erasing": 0.2,
-        "neighbours": 0,
+        "dropout": 0.5, "mixup": True, "schedule": "plateau", "max_grad_norm": 1.0, "soften": 0.1, "rotation": 15.0,
+        "scale": 0.1, "shear": 0.1, "shift": 0.1, "perspective": 0.1, "brightness": 0.2, "contrast": 0.2,
+        "erasing": 0.2,
     },
+    "digits-resnet18": PLAIN | {
+        "model": "torchvision:resnet18", "optimizer": "adam", "learning_rate": 1e-2, "schedule": "step",
+        "step_epochs": 5, "gamma": 0.05, "batch_size": 32, "num_epochs": 15, "early_stopping": 10, "rotation": 10.0,
+        "normalize": "standard",
+    },
+    "digits-cnn": PLAIN | {
+        "model": "digit-cnn", "optimizer": "adam", "learning_rate": 1e-3, "schedule": "multistep",
+        "milestones": "10,15", "batch_size": 64, "num_epochs": 20, "early_stopping": 5, "select_by": "loss",
+        "label_smoothing": 0.1, "dropout": 0.25, "rotation": 10.0, "shift": 0.05, "normalize": "standard",
+        "train_val_split": 0.8,
+    },
+    "digits-transfer": PLAIN | {
+        "model": "torchvision:resnet50", "weights": "torchvision", "freeze_epochs": 1, "learning_rate": 3e-4,
+        "schedule": "cosine", "warmup": 0.1, "batch_size": 64, "num_epochs": 6, "image_size": 64, "dropout": 0.2,
+        "weight_decay": 0.01, "rotation": 10.0, "normalize": "standard", "train_val_split": 0.8,
+    },
+    "digits-mlp": PLAIN | {
+        "model": "mlp", "optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.01, "batch_size": 64, "num_epochs": 3,
+        "augment": False, "normalize": "min-max", "train_val_split": 0.8, "split_seed": 42,
+    },
+    "digits-tiny": {
+        "model": "tiny", "batch_size": 128, "learning_rate": 1e-2, "num_epochs": 20, "label_smoothing": 0.0,
+        "neighbours": 0, "weight_decay": 1e-4, "elastic": 0.03,
+    },
+    "digits-best": {"model": "cnn", "image_size": 32, "num_epochs": 15},
 }
 
 # The settings that `predict` takes from the command line; all others are the checkpoint's.
-PREDICT_SETTINGS = {"data_dir", "test_csv", "root_dir", "output_dir", "cache_dir", "eval_batch_size", "device",
-                    "precision", "num_workers", "pin_memory"}
+PREDICT_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "output_dir", "cache_dir", "model_file",
+                    "submission_file", "pictures", "eval_batch_size", "device", "precision", "num_workers",
+                    "pin_memory"}
+
+
+def check_model(name: str) -> None:
+    """Raise ValueError for a model's name that is none, and name the nearest."""
+    if name == "auto" or name in MODELS:
+        return
+    known = [*MODELS, *(f"torchvision:{name}" for name in torchvision_models())]
+    if name not in known:
+        near = difflib.get_close_matches(name if ":" in name else f"torchvision:{name}", known, 5)
+        raise ValueError(f"model must be one of auto, {', '.join(MODELS)} or torchvision's, not {name!r}"
+                         + (f"; near it are {', '.join(near)}" if near else ""))
 
 
 def check_setting(name: str, annotation, value) -> None:
@@ -249,7 +323,7 @@ def complete_config(config: Config, runtime: "Runtime", training_rows: int) -> C
     model = config.model
     if model == "auto":
         model = "cnn" if runtime.device.type == "cpu" else "resnet"
-    recipe = RECIPES[model]
+    recipe = RECIPES[model.split(":")[0]]
     config = dataclasses.replace(config, model=model, precision=runtime.precision,
                                  eval_batch_size=runtime.eval_batch_size)
     chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
@@ -405,8 +479,9 @@ def output_folder(config: Config) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
-        if (folder / "best_model.pth").is_dir() or (folder / "submission.csv").is_dir():
-            raise DataError(f"{folder}: a folder stands where best_model.pth or submission.csv is to be written")
+        if (folder / config.model_file).is_dir() or (folder / config.submission_file).is_dir():
+            raise DataError(f"{folder}: a folder stands where {config.model_file} or {config.submission_file} is to be "
+                            "written")
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}); name another --output-dir") from None
     return folder
@@ -920,6 +995,10 @@ def draw_warps(images: Tensor, config: Config, generator: torch.Generator) -> tu
         affine, centre = refit(images, affine, bumps)
         shift = shift + centre
     size = 1 + uniform(config.scale, 1, 1)  # the warp looks up sources, so it divides by the size
+    if config.crop:
+        chosen, side = torch.rand(2, count, 1, 1, device=device, generator=generator)
+        side = (1 - (1 - config.crop_size) * side).where(chosen < config.crop, 1.0)
+        size, shift = size / side, shift + uniform(1, 2, 1) * (1 - side)
     return torch.cat([affine / size, shift, bumps], dim=2), uniform(config.perspective, 2)
 
 
@@ -1085,26 +1164,195 @@ class NeighbourVote(nn.Module):
         return torch.lerp(probabilities, vote, self.share).log()
 
 
-MODELS = {"resnet": ResNetMathSymbol, "cnn": MathSymbolCNN}
+class DigitCNN(nn.Sequential):
+    """Three convolution blocks with pooling and dropout, global average pooling and a hidden layer of 512."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.25):
+        super().__init__()
+        inputs = 1
+        for number, width in enumerate((32, 64, 128), start=1):
+            self.add_module(f"block{number}", nn.Sequential(
+                convolution(inputs, width), nn.ReLU(inplace=True), convolution(width, width),
+                nn.MaxPool2d(2, ceil_mode=True), nn.ReLU(inplace=True), nn.Dropout2d(dropout)))
+            inputs = width
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.hidden = nn.Sequential(nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(512, num_classes))
+
+
+class DigitMLP(nn.Sequential):
+    """Two hidden layers, of 256 and 128, on the bare pixels."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.0, inputs: int = 784):
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.hidden1 = nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(inplace=True))
+        self.hidden2 = nn.Sequential(nn.Linear(256, 128), nn.ReLU(inplace=True))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(128, num_classes))
+
+
+class TinyCNN(nn.Sequential):
+    """A network for digits of fewer than 8,000 parameters: narrow 3x3 convolutions and global average pooling."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.0):
+        super().__init__()
+
+        def layer(inputs: int, outputs: int, *others: nn.Module) -> nn.Sequential:
+            return nn.Sequential(convolution(inputs, outputs), *others, nn.ReLU(inplace=True))
+
+        def pool() -> nn.Module:
+            return nn.MaxPool2d(2, ceil_mode=True)
+
+        self.conv1, self.conv2 = layer(1, 8), layer(8, 16, pool())
+        self.conv3, self.conv4 = layer(16, 16), layer(16, 16, pool())
+        self.conv5 = layer(16, 12)
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(12, num_classes))
+
+
+class Normalize(nn.Module):
+    """Ink less an offset, over a scale: of all pixels together, or of each; measured before training."""
+
+    def __init__(self, *size: int):
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.offset) / self.scale
+
+    def measure(self, data: "TrainingData", config: Config) -> None:
+        """Set both from the training images: their mean and deviation, or each pixel's least value and range."""
+        count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+        for rows in np.array_split(data.train_rows, math.ceil(len(data.train_rows) / 1024)):
+            ink = to_input(data.dataset.batch(rows)[0], config)
+            count, total = count + ink.numel(), total + ink.double().sum()
+            squares = squares + ink.double().square().sum()
+            low = ink.amin(dim=0, keepdim=True).clamp(max=low)
+            high = ink.amax(dim=0, keepdim=True).clamp(min=high)
+        if config.normalize == "standard":
+            low = total / count
+            high = low + (squares / count - low**2).clamp(min=0).sqrt()
+        self.offset.copy_(low)
+        self.scale.copy_((high - low).where(high > low, 1.0))  # a pixel that never changes tells nothing
+
+
+MODELS = {"resnet": ResNetMathSymbol, "cnn": MathSymbolCNN, "digit-cnn": DigitCNN, "mlp": DigitMLP, "tiny": TinyCNN}
+
+
+def torchvision_models() -> list[str]:
+    """The names of torchvision's classifiers."""
+    import torchvision
+
+    return torchvision.models.list_models(module=torchvision.models)
+
+
+def torchvision_model(name: str, num_classes: int, dropout: float, image_size: int, weights: dict | None) -> nn.Module:
+    """torchvision's network for images of one channel: all but its last layer, then a new last layer.
+
+    `weights` are a state dict of the network as torchvision has it; those of the three colours are added up.
+    """
+    import torchvision
+
+    options = {"image_size": image_size} if name.startswith("vit_") else {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": weights is not None, "init_weights": weights is None}
+    network = torchvision.models.get_model(name, **options)
+    if weights is not None:
+        network.load_state_dict(weights)
+        network.aux_logits = False
+    places = {kind: [place for place, layer in network.named_modules() if isinstance(layer, kind)]
+              for kind in (nn.Conv2d, nn.Linear)}
+    last = [place for place in places[nn.Linear] if network.get_submodule(place).out_features == 1000]
+    if not last or not places[nn.Conv2d]:
+        raise UsageError(f"--model torchvision:{name} has no last linear layer to be replaced; take another")
+    colours, old = network.get_submodule(places[nn.Conv2d][0]), network.get_submodule(last[-1])
+    grey = nn.Conv2d(1, colours.out_channels, colours.kernel_size, colours.stride, colours.padding,
+                     bias=colours.bias is not None)
+    grey.load_state_dict({**colours.state_dict(), "weight": colours.weight.detach().sum(dim=1, keepdim=True)})
+    network.set_submodule(places[nn.Conv2d][0], grey)
+    network.set_submodule(last[-1], nn.Identity())
+    head = nn.Sequential(nn.Dropout(dropout), nn.Linear(old.in_features, num_classes))
+    return nn.Sequential(OrderedDict(body=network, head=head))
 
 
 def build_model(config: Config, num_classes: int) -> nn.Module:
-    """The config's network with weights drawn from the config's seed."""
+    """The config's network with weights drawn from the config's seed; its last layer is its last child, `head`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(config, 0, 0))
-        return MODELS[config.model](num_classes, config.dropout)
+        if config.model in MODELS:
+            inputs = {"inputs": config.image_size**2} if config.model == "mlp" else {}
+            model = MODELS[config.model](num_classes, config.dropout, **inputs)
+        else:
+            name = config.model.removeprefix("torchvision:")
+            model = torchvision_model(name, num_classes, config.dropout, config.image_size, None)
+    if config.normalize == "none":
+        return model
+    side = config.image_size if config.normalize == "min-max" else 1
+    return nn.Sequential(OrderedDict([("normalize", Normalize(1, 1, side, side)), *model.named_children()]))
 
 
-def summarize_model(model: nn.Module, image_size: int) -> str:
-    """A table of a network's layers: name, shape of what comes out, parameters."""
-    lines, x = [f"  {'layer':<10}{'output':>16}{'parameters':>14}"], torch.zeros(1, 1, image_size, image_size)
-    with torch.inference_mode():
-        for name, layer in copy.deepcopy(model).cpu().eval().named_children():
-            x, count = layer(x), sum(weight.numel() for weight in layer.parameters())
-            lines.append(f"  {name:<10}{' x '.join(map(str, x.shape[1:])):>16}{count:>14,}")
+def start_model(config: Config, data: "TrainingData", runtime: Runtime) -> nn.Module:
+    """The network to train, on the device: with the weights to start from, and normalisation measured."""
+    model = build_model(config, len(data.classes))
+    if config.weights:
+        load_weights(model, config, data.classes)
+    model = runtime.place(model)
+    if config.normalize != "none":
+        model.normalize.measure(data, config)
+    return model
+
+
+def load_weights(model: nn.Module, config: Config, classes: list[str]) -> None:
+    """Start from `weights`: those of a checkpoint of ours, of torchvision's download, or of a file of its own.
+
+    The last layer is taken over where the classes are the same. Raises DataError where they cannot be used.
+    """
+    name, ours = config.model.removeprefix("torchvision:"), config.model in MODELS
+    remedy = ("name a checkpoint of this model with --weights FILE" if ours else
+              f"name a file with torchvision's weights of {name} with --weights FILE (as they are at "
+              f"download.pytorch.org/models), or let --weights torchvision download them where there is a network")
+    if config.weights == "torchvision" and ours:
+        raise UsageError(f"--weights torchvision: torchvision has none for --model {config.model}; {remedy}")
+    try:
+        if config.weights == "torchvision":
+            import torchvision
+
+            state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+        else:
+            state = torch.load(config.weights, map_location="cpu", weights_only=True)
+        if "classes" in state:  # a checkpoint of ours
+            same = state["classes"] == classes
+            state = {key: value for key, value in state["model"].items() if same or not key.startswith("head.")}
+        else:
+            other = torchvision_model(name, len(classes), config.dropout, config.image_size, state)
+            state = {key: value for key, value in other.state_dict().items() if key.startswith("body.")}
+        own = model.state_dict()
+        others = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
+        others += [key for key in own if key not in state and not key.startswith(("head.", "normalize."))]
+        if others:
+            raise ValueError(f"it is of another network, with another {others[0]}")
+        model.load_state_dict(state, strict=False)
+    except Exception as error:  # urllib, pickle and torch each raise their own
+        raise DataError(f"--weights {config.weights}: cannot be used ({type(error).__name__}: {first_line(error)}); "
+                        f"{remedy}") from None
+
+
+def summarize_model(model: nn.Module, config: Config) -> str:
+    """A table of a network's layers: name, shape of what comes out, parameters; UsageError for too small an image."""
+    size = config.image_size
+    lines, x = [f"  {'layer':<10}{'output':>16}{'parameters':>14}"], torch.zeros(1, 1, size, size)
+    try:
+        with torch.inference_mode():
+            for name, layer in copy.deepcopy(model).cpu().eval().named_children():
+                x, count = layer(x), sum(weight.numel() for weight in layer.parameters())
+                lines.append(f"  {name:<10}{' x '.join(map(str, x.shape[1:])):>16}{count:>14,}")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--model {config.model} cannot take images of {size} pixels ({first_line(error)}); name "
+                         "another --image-size, such as 224") from None
     millions = sum(weight.numel() for weight in model.parameters()) / 1e6
-    title = f"{type(model).__name__}, {millions:.2f} million parameters, {image_size} x {image_size} input"
-    return "\n".join([title, *lines])
+    name = MODELS[config.model].__name__ if config.model in MODELS else config.model
+    return "\n".join([f"{name}, {millions:.2f} million parameters, {size} x {size} input", *lines])
 
 
 # ==== 6. Loss, mixup, metrics =========================================================================================
@@ -1207,12 +1455,24 @@ class Pace:
 
 
 def schedule_factor(config: Config, progress: float) -> float:
-    """What the peak learning rate is multiplied by: a linear warm-up, then half a cosine to zero, or one throughout."""
+    """What the peak learning rate is multiplied by, of the progress 0..1: a warm-up, then what the schedule says.
+
+    cosine: half a cosine to zero; onecycle: a warm-up by half a cosine too (arXiv:1708.07120); cyclic: up and down in
+    straight lines (arXiv:1506.01186); step, multistep: times gamma at each drop.
+    """
+    epochs = progress * config.num_epochs + 1e-9
+    if config.schedule == "cyclic":
+        return config.gamma + (1 - config.gamma) * (1 - abs(epochs / config.step_epochs % 2 - 1))
     if progress < config.warmup:
-        return max(progress / config.warmup, 1e-3)
-    if config.schedule != "cosine":
-        return 1.0
-    return max(0.5 + 0.5 * math.cos(math.pi * (progress - config.warmup) / max(1 - config.warmup, 1e-9)), 1e-4)
+        share = progress / config.warmup
+        return max(0.5 - 0.5 * math.cos(math.pi * share) if config.schedule == "onecycle" else share, 1e-3)
+    if config.schedule in ("cosine", "onecycle"):
+        return max(0.5 + 0.5 * math.cos(math.pi * (progress - config.warmup) / max(1 - config.warmup, 1e-9)), 1e-4)
+    if config.schedule == "step":
+        return config.gamma ** (epochs // config.step_epochs)
+    if config.schedule == "multistep":
+        return config.gamma ** sum(epochs >= int(drop) for drop in config.milestones.split(","))
+    return 1.0
 
 
 class AveragedWeights:
@@ -1244,12 +1504,20 @@ class InPrecision(nn.Module):
             return self.model(inputs)
 
 
+def make_optimizer(config: Config, groups: list[dict], fused: bool) -> torch.optim.Optimizer:
+    """The config's optimizer of these parameter groups."""
+    options = {"lr": config.learning_rate, "fused": fused}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **options)
+    return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, **options)
+
+
 class Learner:
     """The network in training, with its optimizer and its averaged weights."""
 
-    def __init__(self, config: Config, num_classes: int, runtime: Runtime):
+    def __init__(self, config: Config, model: nn.Module, num_classes: int, runtime: Runtime):
         self.config, self.num_classes, self.runtime, self.step = config, num_classes, runtime, 0
-        self.model = runtime.place(build_model(config, num_classes))
+        self.model, self.updates = model, 0
         self.network = InPrecision(self.model, runtime)
         if runtime.gpus > 1 and config.batch_size >= 8 * runtime.gpus:  # batch norm needs several images on each
             self.network = nn.DataParallel(self.network)
@@ -1257,8 +1525,7 @@ class Learner:
             self.network = torch.compile(self.network)
         groups = [{"params": [weight for weight in self.model.parameters() if (weight.ndim > 1) == decayed],
                    "weight_decay": config.weight_decay * decayed} for decayed in (True, False)]
-        fused = runtime.device.type in ("cuda", "cpu")
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, fused=fused)  # arXiv:1711.05101
+        self.optimizer = make_optimizer(config, groups, fused=runtime.device.type in ("cuda", "cpu"))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.average = AveragedWeights(self.model, config.average_decay) if config.average_decay else None
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
@@ -1273,10 +1540,18 @@ class Learner:
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def learn(self, images: Tensor, classes: Tensor, epoch: int, progress: float) -> Tensor:
+    def freeze(self, frozen: bool) -> None:
+        """Let only the last layer learn, or all; what is frozen keeps its batch statistics too."""
+        for layer in list(self.model.children())[:-1]:
+            layer.requires_grad_(not frozen)
+            layer.train(not frozen)
+
+    def learn(self, images: Tensor, classes: Tensor, epoch: int, progress: float, share: float = 1.0,
+              update: bool = True) -> Tensor:
         """One step on a batch of uint8 images; gives its summed loss and its number of hits [2], left on the device.
 
-        A guess at a blend counts as much as the blend holds of the class that was guessed.
+        A guess at a blend counts as much as the blend holds of the class that was guessed. The gradient's `share` is
+        added to those of the batches before it, and an `update` uses them up.
         """
         config, seed = self.config, seed_of(self.config, epoch, self.step)
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
@@ -1287,25 +1562,27 @@ class Learner:
             inputs, targets = mixup_data(inputs, targets, config.mixup_alpha, seed)
         logits = self.network(inputs).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
-        self.descend(loss, progress)
+        self.scaler.scale(loss * share).backward()
+        self.step += 1
+        if update:
+            self.descend(progress)
         hits = targets.gather(1, logits.detach().argmax(dim=1, keepdim=True)).sum()
         return torch.stack([loss.detach() * len(images), hits])
 
-    def descend(self, loss: Tensor, progress: float) -> None:
-        """Backward pass, clipping, the optimizer's step at the schedule's rate, the averages."""
+    def descend(self, progress: float) -> None:
+        """Clipping, the optimizer's step at the schedule's rate, the averages."""
         if self.config.schedule != "plateau":  # which sets the rate itself, between epochs
             for group in self.optimizer.param_groups:
                 group["lr"] = self.config.learning_rate * schedule_factor(self.config, progress)
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()
         if self.config.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         if self.average:
-            self.average.update(self.step)
-        self.step += 1
+            self.average.update(self.updates)
+        self.updates += 1
 
 
 def epoch_steps(rows: np.ndarray, config: Config, epoch: int) -> list[np.ndarray]:
@@ -1322,18 +1599,27 @@ def steps_in_epoch(rows: np.ndarray, config: Config) -> int:
     return max(1, min(math.ceil(len(rows) / config.batch_size), len(rows) // 2))
 
 
+def accumulation_shares(steps: int, accumulate: int) -> list[tuple[float, bool]]:
+    """What each step's gradient counts in its group's mean, and whether it is the group's last; the rest is a group."""
+    ends = [min(start + accumulate, steps) for start in range(0, steps, accumulate) for _ in range(accumulate)][:steps]
+    return [(1 / (end - step // accumulate * accumulate), step == end - 1) for step, end in enumerate(ends)]
+
+
 def train(learner: Learner, data: TrainingData, epoch: int, pace: Pace) -> dict[str, float]:
     """One epoch, or what of it there is time for; gives train_loss, train_accuracy and learning_rate."""
     config, steps = learner.config, epoch_steps(data.train_rows, learner.config, epoch)
+    shares = accumulation_shares(len(steps), config.accumulate)
     totals, seen = torch.zeros(2, device=learner.runtime.device), 0  # summed loss and hits: read when shown
     learner.model.train()
+    if config.freeze_epochs:
+        learner.freeze(epoch <= config.freeze_epochs)
     with tqdm(total=len(data.train_rows), unit="img", unit_scale=True, leave=False, disable=None,
               desc=f"epoch {epoch}/{config.num_epochs}") as bar:
-        for rows, (images, classes) in zip(steps, map(data.dataset.batch, steps)):
+        for rows, (images, classes), (share, update) in zip(steps, map(data.dataset.batch, steps), shares):
             progress = pace.progress(learner.step)
             if progress >= 1:
                 break
-            totals += learner.learn(images, classes, epoch, progress)
+            totals += learner.learn(images, classes, epoch, progress, share, update)
             seen += len(rows)
             if bar.update(len(rows)):  # true when the bar was redrawn, ten times a second at the most
                 mean_loss, accuracy = (totals / seen).tolist()
@@ -1359,12 +1645,12 @@ HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_acc
 def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = math.inf) -> pd.DataFrame:
     """Train a complete config; gives the history, one row an epoch, also written to history.csv.
 
-    best_model.pth in the output folder is the best epoch by select_by, or the last without validation rows. After
+    model_file in the output folder is the best epoch by select_by, or the last without validation rows. After
     `seconds` training ends; the schedule is laid over the time there is.
     """
     folder = Path(config.output_dir)
-    learner = Learner(config, len(data.classes), runtime)
-    print(summarize_model(learner.model, config.image_size))
+    learner = Learner(config, start_model(config, data, runtime), len(data.classes), runtime)
+    print(summarize_model(learner.model, config))
     pace = Pace(config.num_epochs * steps_in_epoch(data.train_rows, config), seconds)
     history, best = [], None
     for epoch in range(1, config.num_epochs + 1):
@@ -1381,9 +1667,13 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
             learner.plateau.step(row["val_accuracy"])
         if best is None or is_better(row, best, config):
             best = row
-            save_checkpoint(folder / "best_model.pth", learner.result, config, data.classes, data.statistics, row)
+            save_checkpoint(folder / config.model_file, learner.result, config, data.classes, data.statistics, row)
         with whole_file(folder / "history.csv") as temporary:
             pd.DataFrame(history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
+        waited = epoch - best["epoch"]
+        if config.early_stopping and waited >= config.early_stopping and epoch < config.num_epochs:
+            print(f"stopped early: {waited} epochs without a better validation {config.select_by}")
+            break
         if pace.progress(learner.step) >= 1:
             break
     return pd.DataFrame(history, columns=HISTORY_COLUMNS)
@@ -1602,14 +1892,14 @@ def run(config: Config, started: float) -> None:
     plot_class_distribution(folder / "class_distribution.png", data.classes, data.targets, symbols)
     seconds = seconds_to_train(config, data, len(test_table), runtime, started)
     history = fit(config, data, runtime, seconds)
-    best = load_checkpoint(folder / "best_model.pth")
+    best = load_checkpoint(folder / config.model_file)
     if config.neighbours:
         voting = remember(best, data, runtime)
         metrics = {**best.metrics, **validate(voting, data, config, runtime)}
         best = dataclasses.replace(best, model=voting, metrics=metrics)
-        save_checkpoint(folder / "best_model.pth", best.model, config, data.classes, data.statistics, best.metrics)
+        save_checkpoint(folder / config.model_file, best.model, config, data.classes, data.statistics, best.metrics)
     probabilities = ensemble_predict([best], [test_dataset], runtime)
-    write_submission(folder / "submission.csv", test_table, probabilities, data.classes)
+    write_submission(folder / config.submission_file, test_table, probabilities, data.classes)
     write_run_record(folder / "run.json", config, runtime, best.metrics, started)
     print(describe_result(folder, best.metrics, history, started))
 
@@ -1618,15 +1908,15 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     """Write the submission of one or more checkpoints, their probabilities averaged."""
     folder = output_folder(config)
     runtime = start_runtime(config)
-    paths = [Path(path) for path in checkpoints] or [folder / "best_model.pth"]
+    paths = [Path(path) for path in checkpoints] or [folder / config.model_file]
     members = [load_checkpoint(path) for path in paths]
     if config.precision == "auto" and members[0].config.precision == "float32":
         runtime = dataclasses.replace(runtime, precision="float32")
     table = read_test_table(config)
     datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
     probabilities = ensemble_predict(members, datasets, runtime)
-    write_submission(folder / "submission.csv", table, probabilities, members[0].classes)
-    print(f"wrote {folder / 'submission.csv'}: {len(table):,} rows, the mean of {len(members)} networks, "
+    write_submission(folder / config.submission_file, table, probabilities, members[0].classes)
+    print(f"wrote {folder / config.submission_file}: {len(table):,} rows, the mean of {len(members)} networks, "
           f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")
 
 

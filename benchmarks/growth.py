@@ -40,7 +40,8 @@ def measure(config: script.Config, size: int, steps: int) -> str:
     train_rows, _ = script.split_rows(targets, config)
     config = script.complete_config(config, runtime, len(train_rows))
     dataset = script.MathSymbolDataset(images, targets, runtime)
-    learner = script.Learner(config, len(classes), runtime)
+    model = runtime.place(script.build_model(config, len(classes)))
+    learner = script.Learner(config, model, len(classes), runtime)
     batches = script.epoch_steps(train_rows, config, 1)
     ready, seconds = time.perf_counter() - started, []
     learner.model.train()

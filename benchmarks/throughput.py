@@ -79,7 +79,8 @@ class Ours:
     """script.py's own step, on its own batches."""
 
     def __init__(self, config: script.Config, data: script.TrainingData, runtime: script.Runtime):
-        self.learner, self.data, self.place = script.Learner(config, len(data.classes), runtime), data, 0
+        model = script.start_model(config, data, runtime)
+        self.learner, self.data, self.place = script.Learner(config, model, len(data.classes), runtime), data, 0
         self.steps = script.epoch_steps(data.train_rows, config, 1)
         self.learner.model.train()
 

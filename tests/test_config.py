@@ -21,7 +21,7 @@ def another_value(field):
     if annotation is bool:
         return not field.default
     if annotation is str:
-        return {"model": "resnet", "device": "cpu"}.get(field.name, "elsewhere")
+        return {"model": "resnet", "device": "cpu", "milestones": "3, 7"}.get(field.name, "elsewhere")
     low, high = script.LIMITS.get(field.name, (0, 1000))
     kind = (typing.get_args(annotation) or (annotation,))[0]
     value = kind(low + 3 if kind is int else low + min(high - low, 1) * 0.3)
@@ -72,8 +72,13 @@ def test_a_flag_goes_before_its_preset():
     (["--num-epochs", "many"], "num_epochs must be of type int, not 'many'"),
     (["--num-epochs", "2.5"], "num_epochs must be of type int, not '2.5'"),
     (["--learning-rate", "nan"], "learning_rate must be from 1e-09 to 100, not nan"),
-    (["--schedule", "steep"], "schedule must be one of cosine, plateau, constant, not 'steep'"),
-    (["--model", "vgg"], "model must be one of auto, resnet, cnn, not 'vgg'"),
+    (["--schedule", "steep"], "schedule must be one of cosine, onecycle, cyclic, step, multistep, plateau, constant, "
+                              "not 'steep'"),
+    (["--model", "vgg"], "or torchvision's, not 'vgg'; near it are torchvision:vgg"),
+    (["--model", "torchvision:resnet17"], "near it are torchvision:resnet1"),
+    (["--milestones", "3,x"], "milestones must be epochs with commas between them, not '3,x'"),
+    (["--early-stopping", "3", "--train-val-split", "1"], "early_stopping needs validation rows"),
+    (["--submission-file", "a/b.csv"], "submission_file must be a file's name without a folder, not 'a/b.csv'"),
     (["--preset", "modern"], "invalid choice: 'modern'"),
     (["--train-val-split", "1.5"], "train_val_split must be from 0.01 to 1"),
     (["--train-val-split", "1", "--schedule", "plateau"], "plateau needs validation rows"),

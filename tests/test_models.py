@@ -23,13 +23,13 @@ def test_sizes_at_369_classes():
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("size", [8, 28, 33, 48])
 def test_any_input_size_and_number_of_classes(name, size):
-    model = MODELS[name](7).eval()
+    model = script.build_model(Config(model=name, image_size=size, dropout=0.1), 7).eval()
     assert model(torch.zeros(2, 1, size, size)).shape == (2, 7)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_reach_every_weight(name):
-    model = MODELS[name](5)
+    model = script.build_model(Config(model=name, image_size=16, dropout=0.1), 5)
     model(torch.rand(4, 1, 16, 16)).square().sum().backward()
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
 
@@ -46,7 +46,58 @@ def test_weights_come_from_the_seed_alone():
 
 
 def test_the_summary_names_layers_shapes_and_parameters():
-    text = script.summarize_model(MathSymbolCNN(369), 32)
+    text = script.summarize_model(MathSymbolCNN(369), Config(model="cnn", image_size=32))
     assert "2.84 million parameters" in text and "256 x 4 x 4" in text and "2,098,688" in text
     lines = text.splitlines()[2:]
     assert sum(int(line.split()[-1].replace(",", "")) for line in lines) == 2_844_929
+
+
+def test_the_tiny_network_is_below_8_000_parameters():
+    assert parameters(script.TinyCNN(10)) <= 8_000
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "vit_b_16",
+                                  "densenet121", "googlenet", "swin_t", "shufflenet_v2_x0_5"])
+def test_torchvisions_networks_are_adapted(name):
+    model = script.build_model(Config(model=f"torchvision:{name}", image_size=64, dropout=0.1), 7).eval()
+    with torch.inference_mode():
+        assert model(torch.rand(2, 1, 64, 64)).shape == (2, 7)
+    assert [child for child, _ in model.named_children()] == ["body", "head"]
+
+
+def test_torchvisions_weights_answer_as_they_do_for_a_grey_picture(tmp_path):
+    """Equal colours through the pretrained network and the ink through the adapted one give the same features."""
+    import torchvision
+
+    network = torchvision.models.resnet18(num_classes=1000).eval()
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    config = Config(model="torchvision:resnet18", image_size=32, dropout=0.0, weights=str(tmp_path / "resnet18.pth"))
+    model = script.build_model(config, 7)
+    script.load_weights(model, config, list("abcdefg"))
+    ink = torch.rand(2, 1, 32, 32)
+    network.fc = torch.nn.Identity()
+    with torch.inference_mode():
+        assert torch.allclose(model.body.eval()(ink), network(ink.expand(2, 3, 32, 32)), atol=1e-4)
+
+
+def test_pretrained_weights_that_cannot_be_had_name_both_ways(monkeypatch):
+    import torchvision
+
+    def refuse(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", refuse)
+    config = Config(model="torchvision:resnet50", weights="torchvision", dropout=0.0, image_size=32)
+    with pytest.raises(script.DataError, match=r"no route to host.*--weights FILE .*or let --weights torchvision"):
+        script.load_weights(script.build_model(config, 5), config, list("abcde"))
+
+
+def test_an_image_too_small_for_a_network_is_one_line():
+    config = Config(model="torchvision:alexnet", image_size=28, dropout=0.0)
+    with pytest.raises(script.UsageError, match=r"torchvision:alexnet cannot take images of 28 pixels .*--image-size"):
+        script.summarize_model(script.build_model(config, 5), config)
+
+
+def test_a_network_without_a_last_linear_layer_is_refused():
+    with pytest.raises(script.UsageError, match="squeezenet1_0 has no last linear layer"):
+        script.build_model(Config(model="torchvision:squeezenet1_0", image_size=64, dropout=0.0), 5)

@@ -5,6 +5,7 @@ import itertools
 import math
 import time
 import types
+import typing
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -29,6 +30,10 @@ def small_data(rows: int = 40, classes: int = 4, seed: int = 0) -> TrainingData:
     train, val = script.split_rows(targets, Config(train_val_split=0.8))
     labels = [str(10 * number) for number in range(classes)]
     return TrainingData(MathSymbolDataset(images, targets, CPU), targets, labels, ImageStatistics(255, 8), train, val)
+
+
+def learner_of(config: Config, runtime: script.Runtime = CPU) -> Learner:
+    return Learner(config, runtime.place(script.build_model(config, 4)), 4, runtime)
 
 
 def test_mixup_blends_images_and_targets_alike():
@@ -69,12 +74,111 @@ def test_an_epoch_holds_every_row_once_and_no_step_of_one(rows, batch):
 
 
 def test_the_schedule_warms_up_and_falls_to_nothing():
-    config = Config(warmup=0.2)
+    config = Config(warmup=0.2, num_epochs=5)
     factors = [script.schedule_factor(config, progress) for progress in np.linspace(0, 1, 101)]
     assert factors[0] <= 1e-3 and factors[20] == 1.0 and factors[100] <= 1e-3
     assert np.all(np.diff(factors[:21]) > 0) and np.all(np.diff(factors[20:]) < 0)
-    assert script.schedule_factor(Config(schedule="constant", warmup=0.0), 0.7) == 1.0
-    assert all(math.isfinite(script.schedule_factor(Config(warmup=1.0), progress)) for progress in (0, 0.5, 1))
+    assert script.schedule_factor(Config(schedule="constant", warmup=0.0, num_epochs=5), 0.7) == 1.0
+    whole = Config(warmup=1.0, num_epochs=5)
+    assert all(math.isfinite(script.schedule_factor(whole, progress)) for progress in (0, 0.5, 1))
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({"schedule": "step", "step_epochs": 2, "gamma": 0.1}, [1, 1, 0.1, 0.1, 0.01, 0.01]),
+    ({"schedule": "multistep", "milestones": "1, 4", "gamma": 0.5}, [1, 0.5, 0.5, 0.5, 0.25, 0.25]),
+    ({"schedule": "cyclic", "step_epochs": 2, "gamma": 0.2}, [0.2, 0.6, 1, 0.6, 0.2, 0.6]),
+    ({"schedule": "onecycle", "warmup": 0.5}, [1e-3, 0.25, 0.75, 1, 0.75, 0.25]),
+])
+def test_schedules_by_hand(settings, expected):
+    config = Config(**{"warmup": 0.0, "num_epochs": 6, **settings})
+    assert [script.schedule_factor(config, epoch / 6) for epoch in range(6)] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [None, *typing.get_args(script.Schedule)])
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_every_optimizer_and_schedule_learns(tmp_path, optimizer, schedule):
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), optimizer=optimizer, schedule=schedule or "cosine",
+                                 learning_rate=0.05 if optimizer == "sgd" else 3e-3, num_epochs=4, step_epochs=2,
+                                 gamma=0.5, milestones="2,3", augment=False, accumulate=1 if schedule else 3)
+    history = script.fit(config, small_data(200), CPU)
+    assert history.train_accuracy.iloc[-1] > 0.9 and history.train_loss.argmin() > 0
+    assert np.isfinite(history.val_loss).all()
+
+
+def test_accumulated_batches_are_one_large_batch():
+    """Without batch norm and dropout, four batches of two rows step as one of eight does."""
+    config, data = dataclasses.replace(SMALL, model="mlp", dropout=0.0, augment=False), small_data()
+    one, four = learner_of(config), learner_of(dataclasses.replace(config, batch_size=2, accumulate=4))
+    one.learn(*data.dataset.batch(np.arange(8)), epoch=1, progress=0.5)
+    for number, (share, update) in enumerate(script.accumulation_shares(4, 4)):
+        four.learn(*data.dataset.batch(np.arange(2 * number, 2 * number + 2)), 1, 0.5, share, update)
+    assert (one.updates, four.updates, four.step) == (1, 1, 4)
+    for weight, other in zip(one.model.parameters(), four.model.parameters()):
+        assert torch.allclose(weight, other, atol=1e-6)
+
+
+@pytest.mark.parametrize("steps, accumulate, updates",
+                         [(7, 3, [2, 5, 6]), (6, 3, [2, 5]), (2, 5, [1]), (3, 1, [0, 1, 2])])
+def test_every_groups_shares_add_up_to_one(steps, accumulate, updates):
+    shares = script.accumulation_shares(steps, accumulate)
+    assert len(shares) == steps and [step for step, (_, update) in enumerate(shares) if update] == updates
+    assert sum(share for share, _ in shares) == pytest.approx(len(updates))
+
+
+def test_early_stopping_ends_a_training_that_does_not_improve(tmp_path, capsys):
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), learning_rate=1e-9, average_decay=0.0, num_epochs=50,
+                                 warmup=0.0, early_stopping=3, select_by="accuracy", model="mlp")
+    history = script.fit(config, small_data(), CPU)
+    assert "stopped early: 3 epochs without a better validation accuracy" in capsys.readouterr().out
+    assert len(history) < 50
+    assert script.load_checkpoint(tmp_path / "best_model.pth").metrics["epoch"] == len(history) - 3
+
+
+def test_a_frozen_body_keeps_its_weights_and_statistics(tmp_path):
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), freeze_epochs=1, num_epochs=1, average_decay=0.0)
+    fresh = script.build_model(config, 4).state_dict()
+    script.fit(config, small_data(), CPU)
+    kept = script.load_checkpoint(tmp_path / "best_model.pth").model.state_dict()
+    changed = {name.split(".")[0] for name in fresh if not torch.equal(fresh[name], kept[name])}
+    assert changed == {"head"}
+    data = dataclasses.replace(small_data(), val_rows=np.arange(0))  # which keeps the last epoch
+    script.fit(dataclasses.replace(config, num_epochs=2), data, CPU)
+    kept = script.load_checkpoint(tmp_path / "best_model.pth").model.state_dict()
+    assert not any(torch.equal(fresh[name], kept[name]) for name in fresh if name.endswith("weight"))
+
+
+def test_normalization_is_measured_on_the_training_rows_and_kept(tmp_path):
+    data = small_data()
+    ink = data.dataset.images[data.train_rows].float() / 255
+    for kind in ("standard", "min-max"):
+        config = dataclasses.replace(SMALL, output_dir=str(tmp_path), normalize=kind, augment=False)
+        layer = script.start_model(config, data, CPU).normalize
+        if kind == "standard":
+            assert layer.offset.item() == pytest.approx(ink.mean().item(), abs=1e-5)
+            assert layer.scale.item() == pytest.approx(ink.std(correction=0).item(), abs=1e-5)
+        else:
+            assert torch.allclose(layer.offset, ink.amin(dim=0, keepdim=True))
+            assert layer(ink).amin() == 0 and layer(ink).amax() == 1
+        script.fit(config, data, CPU)
+        kept = script.load_checkpoint(tmp_path / "best_model.pth").model
+        assert torch.allclose(kept.normalize.offset, layer.offset) and torch.allclose(kept.normalize.scale, layer.scale)
+
+
+def test_weights_of_a_checkpoint_are_taken_over(tmp_path):
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path))
+    script.fit(config, small_data(), CPU)
+    path, other = tmp_path / "best_model.pth", small_data(classes=3)
+    trained = script.load_checkpoint(path).model.state_dict()
+    again = dataclasses.replace(config, weights=str(path))
+    same, changed = (script.start_model(again, data, CPU).state_dict() for data in (small_data(), other))
+    assert all(torch.equal(same[name], trained[name]) for name in trained)
+    assert all(torch.equal(changed[name], trained[name]) for name in trained if not name.startswith("head."))
+    assert changed["head.1.weight"].shape[0] == 3
+    wrong = [({"model": "tiny"}, "it is of another network"), ({"weights": "none.pth"}, "No such file"),
+             ({"weights": "torchvision"}, "has none for --model cnn")]
+    for settings, message in wrong:
+        with pytest.raises(DataError, match=f"{message}.*name a checkpoint of this model with --weights FILE"):
+            script.start_model(dataclasses.replace(again, **settings), small_data(), CPU)
 
 
 def test_the_pace_is_by_steps_or_by_the_clock(monkeypatch):
@@ -160,25 +264,28 @@ def test_two_fits_with_one_seed_are_equal_bit_for_bit(tmp_path, settings):
 
 
 def test_gradients_are_clipped_and_small_weights_not_decayed():
-    learner = Learner(dataclasses.replace(SMALL, max_grad_norm=1.0), 4, CPU)
-    learner.descend(sum((weight * 100).sum() for weight in learner.model.parameters()), progress=0.5)
-    norm = torch.stack([weight.grad.norm() for weight in learner.model.parameters()]).norm()
-    assert norm.item() == pytest.approx(1.0, abs=5e-3)  # float32 adds up two million equal squares
+    learner = learner_of(dataclasses.replace(SMALL, max_grad_norm=1.0))
+    norms = []
+    learner.optimizer.register_step_pre_hook(lambda *_: norms.append(
+        torch.stack([weight.grad.norm() for weight in learner.model.parameters()]).norm().item()))
+    sum((weight * 100).sum() for weight in learner.model.parameters()).backward()
+    learner.descend(progress=0.5)
+    assert norms == [pytest.approx(1.0, abs=5e-3)]  # float32 adds up two million equal squares
     groups = learner.optimizer.param_groups
     decays = {group["weight_decay"]: {weight.ndim for weight in group["params"]} for group in groups}
     assert decays == {0.01: {2, 4}, 0.0: {1}}
 
 
 def test_several_gpus_keep_plain_names(monkeypatch):
-    learner = Learner(dataclasses.replace(SMALL, batch_size=16), 4, dataclasses.replace(CPU, gpus=2))
+    learner = learner_of(dataclasses.replace(SMALL, batch_size=16), dataclasses.replace(CPU, gpus=2))
     assert isinstance(learner.network, torch.nn.DataParallel)
-    assert not isinstance(Learner(SMALL, 4, dataclasses.replace(CPU, gpus=2)).network, torch.nn.DataParallel)
+    assert not isinstance(learner_of(SMALL, dataclasses.replace(CPU, gpus=2)).network, torch.nn.DataParallel)
     assert not any(name.startswith("module.") for name in learner.result.state_dict())
 
 
 def test_threads_of_several_gpus_compute_in_the_runs_precision():
     """DataParallel's threads start without the caller's autocast dtype: the network enters it itself."""
-    learner = Learner(SMALL, 4, dataclasses.replace(CPU, precision="bf16"))
+    learner = learner_of(SMALL, dataclasses.replace(CPU, precision="bf16"))
     with ThreadPoolExecutor(1) as pool, torch.no_grad():
         logits = pool.submit(learner.network.eval(), torch.zeros(2, 1, 8, 8)).result()
     assert logits.dtype == torch.bfloat16
@@ -186,7 +293,7 @@ def test_threads_of_several_gpus_compute_in_the_runs_precision():
 
 def test_no_host_synchronisation_in_a_step(monkeypatch):
     """A step reads nothing back from the device: no item(), tolist(), cpu() or truth value of a tensor."""
-    learner, data = Learner(SMALL, 4, CPU), small_data()
+    learner, data = learner_of(SMALL), small_data()
     batch = data.dataset.batch(np.arange(8))
     learner.learn(*batch, epoch=1, progress=0.1)  # the optimizer reads its fresh state once
 
