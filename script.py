@@ -4,9 +4,11 @@
     python script.py                                         train, validate, predict, write the submission
     python script.py --data-dir competition --output-dir out --max-minutes 20
     python script.py predict out/best_model.pth              a submission from a trained model, or the mean of several
+    python script.py evaluate out/best_model.pth --test-csv labelled.csv
 
-Reads   train.csv (image_path, label), test.csv (example_id, image_path) and the images below Dataset_Image/.
-Writes  best_model.pth, submission.csv, history.csv, class_distribution.png and run.json.
+Reads   train.csv (image_path, label), test.csv (example_id, image_path) and the images below Dataset_Image/;
+        or tables of pixels (label, pixel0, pixel1, ...); or torchvision:MNIST and its like.
+Writes  best_model.pth, submission.csv, history.csv, class_accuracy.csv, val_probabilities.npz, run.json and pictures.
 `python script.py --help` lists every setting.
 
 The rooms, in the order of an image's way from a CSV row to a submission row. To change
@@ -20,7 +22,7 @@ The rooms, in the order of an image's way from a CSV row to a submission row. To
      8  Training     optimizer, schedule, averaged weights, the loop
      9  Prediction   probabilities, the neighbours' memory, ensembles, the submission
     10  Pictures     what is drawn
-    11  Commands     what `run` and `predict` do, in order
+    11  Commands     what `run`, `predict` and `evaluate` do, in order
 """
 
 import argparse
@@ -277,12 +279,13 @@ def from_text(annotation, text: str):
 def make_parser() -> argparse.ArgumentParser:
     """The command line: the commands, --preset, and a flag for every Config field with its comment as help."""
     parser = argparse.ArgumentParser(prog="script.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                                     usage="script.py [run | predict [CHECKPOINT ...]] [--SETTING VALUE ...]",
+                                     usage="script.py [run | predict | evaluate] [CHECKPOINT ...] [--FIELD VALUE ...]",
                                      description="Train a classifier of small grey images and write a submission.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("words", nargs="*", metavar="COMMAND", default=[],
                         help="run (the default): train, predict and write the submission; predict: the submission of "
-                             "existing checkpoints, averaged (default: best_model.pth in the output folder)")
+                             "existing checkpoints, averaged (default: model_file in the output folder); evaluate: "
+                             "their accuracy on the labelled rows of test_csv")
     parser.add_argument("--preset", choices=PRESETS, help="start from this recipe; flags given with it go before it")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for name, annotation in typing.get_type_hints(Config).items():
@@ -305,13 +308,13 @@ def parse_command_line(argv: list[str] | None) -> tuple[str, list[str], Config]:
         flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-    if command not in ("run", "predict"):
-        parser.error(f"unknown command {command}; the commands are run and predict")
+    if command not in ("run", "predict", "evaluate"):
+        parser.error(f"unknown command {command}; the commands are run, predict and evaluate")
     if command == "run" and checkpoints:
         parser.error(f"run takes no checkpoint ({checkpoints[0]}); to use one: script.py predict {checkpoints[0]}")
     idle = sorted(settings.keys() - PREDICT_SETTINGS)
-    if command == "predict" and idle:
-        parser.error(f"--{idle[0].replace('_', '-')} has no effect on predict: the checkpoint holds it")
+    if command != "run" and idle:
+        parser.error(f"--{idle[0].replace('_', '-')} has no effect on {command}: the checkpoint holds it")
     try:
         return command, checkpoints, Config(**{**PRESETS.get(settings.pop("preset", ""), {}), **settings})
     except ValueError as error:
@@ -1752,16 +1755,19 @@ def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> Neighbou
     config = trained.config
     body = runtime.place(nn.Sequential(*list(trained.model.children())[:-1]))
     seen = torch.from_numpy(infer(body, data.dataset, data.train_rows, config, runtime))
-    projection = torch.linalg.eigh(seen.T @ seen).eigenvectors[:, -NeighbourVote.COMPONENTS:].contiguous()
+    spread = (seen.T @ seen).double()  # in float32, eigh does not always converge on the features of few images
+    projection = torch.linalg.eigh(spread).eigenvectors[:, -NeighbourVote.COMPONENTS:].float().contiguous()
     keys = F.normalize(seen @ projection, dim=1).to(torch.bfloat16)  # fine enough, at half the size
     targets = torch.from_numpy(data.targets[data.train_rows])
     return runtime.place(NeighbourVote(trained.model, config, projection, keys, targets))
 
 
-def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], runtime: Runtime) -> np.ndarray:
+def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], runtime: Runtime,
+                     rows: np.ndarray | None = None) -> np.ndarray:
     """The members' mean probabilities, float32 [rows, classes], classes in the first member's order.
 
-    Each member has its own dataset of the same rows. Raises DataError where their classes differ.
+    Each member has its own dataset of the same table; without `rows` all of it is meant. Raises DataError where their
+    classes differ.
     """
     classes, total = members[0].classes, 0
     for member, dataset in zip(members, datasets):
@@ -1769,7 +1775,8 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
         if differing:
             raise DataError(f"the checkpoints know different classes ({', '.join(sorted(differing)[:5])}); "
                             "average networks that were trained on the same ones")
-        probabilities = predict(runtime.place(member.model), dataset, np.arange(len(dataset)), member.config, runtime)
+        wanted = np.arange(len(dataset)) if rows is None else rows
+        probabilities = predict(runtime.place(member.model), dataset, wanted, member.config, runtime)
         total = total + probabilities[:, [member.classes.index(label) for label in classes]]
     return total / len(members)
 
@@ -1818,7 +1825,64 @@ def write_submission(path: Path, table: Table, probabilities: np.ndarray, classe
                             "in a CSV")
 
 
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """Labelled rows with what a network says of them."""
+
+    dataset: MathSymbolDataset
+    rows: np.ndarray           # [N], positions in the dataset
+    targets: np.ndarray        # [N], class numbers
+    probabilities: np.ndarray  # [N, classes]
+
+    @property
+    def predicted(self) -> np.ndarray:
+        """The likeliest class of each row [N]."""
+        return self.probabilities.argmax(axis=1)
+
+    def images(self, places: np.ndarray) -> np.ndarray:
+        """The images [n, S, S], uint8 ink, of some of the rows."""
+        return self.dataset.batch(self.rows[places])[0][:, 0].cpu().numpy()
+
+
+def judge(members: list[Trained], datasets: list[MathSymbolDataset], rows: np.ndarray, targets: np.ndarray,
+          runtime: Runtime) -> Judged:
+    """What the members' mean says of these rows, which each one's dataset holds; `targets` are those of all rows."""
+    return Judged(datasets[0], rows, targets[rows], ensemble_predict(members, datasets, runtime, rows))
+
+
+def write_probabilities(path: Path, judged: Judged, classes: list[str]) -> None:
+    """Keep labelled rows' probabilities: the arrays rows, targets, probabilities and classes of an .npz file."""
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, rows=judged.rows, targets=judged.targets, probabilities=judged.probabilities, classes=classes)
+
+
+def class_table(judged: Judged, classes: list[str]) -> pd.DataFrame:
+    """Each class with its number of images, its accuracy (NaN without images) and what it is most often taken for."""
+    counts = np.bincount(judged.targets, minlength=len(classes))
+    hits = np.bincount(judged.targets, weights=judged.targets == judged.predicted, minlength=len(classes))
+    wrong = judged.targets != judged.predicted
+    taken = pd.Series(judged.predicted[wrong]).groupby(judged.targets[wrong]).agg(lambda guesses: guesses.mode()[0])
+    with np.errstate(invalid="ignore"):
+        return pd.DataFrame({"label": classes, "images": counts, "accuracy": hits / counts,
+                             "taken_for": [classes[taken[place]] if place in taken else "" for place in
+                                           range(len(classes))]})
+
+
 # ==== 10. Pictures ====================================================================================================
+
+def new_figure(width: float, height: float, panels: int = 1):
+    """A figure of this size in inches with its axes; no window and no state of matplotlib's is touched."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, panels)
+
+
+def save_figure(path: Path, figure) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
 
 def symbol_texts(classes: list[str], symbols: dict[str, str]) -> list[str]:
     """What to call each class in a picture: its symbol where matplotlib can draw it, else its label."""
@@ -1836,14 +1900,11 @@ def symbol_texts(classes: list[str], symbols: dict[str, str]) -> list[str]:
 
 def plot_class_distribution(path: Path, classes: list[str], targets: np.ndarray, symbols: dict[str, str]) -> None:
     """Bars of the number of labelled images of each class, sorted; of many classes, sixty are named."""
-    from matplotlib.figure import Figure
-
     counts = np.bincount(targets, minlength=len(classes))
     order = np.argsort(-counts, kind="stable")
     shown = np.unique(np.linspace(0, len(order) - 1, min(len(order), 60)).round().astype(int))
     names = symbol_texts([classes[number] for number in order[shown]], symbols)
-    figure = Figure(figsize=(14, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = new_figure(14, 5)
     axes.bar(range(len(order)), counts[order], width=0.8 if len(order) <= 60 else 1, color="#4477aa")
     axes.set(ylabel="labelled images", xlim=(-0.7, len(order) - 0.3),
              xlabel="" if len(order) <= 60 else f"{len(order)} classes by size, {len(shown)} of them named",
@@ -1855,8 +1916,143 @@ def plot_class_distribution(path: Path, classes: list[str], targets: np.ndarray,
     if counts.max() > 20 * counts.min():
         axes.set_yscale("log")
         axes.set_ylim(bottom=1)
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    save_figure(path, figure)
+
+
+def plot_images(path: Path, title: str, images: np.ndarray, texts: list[str], colours: list[str] | None = None,
+                columns: int = 10) -> None:
+    """A grid of images [N, S, S], ink on white, each with a text below it and a frame of its colour."""
+    rows = math.ceil(len(images) / columns)
+    figure, axes = new_figure(1.2 * columns, 1.5 * rows + 0.5)
+    for number, (image, text) in enumerate(zip(images, texts)):
+        draw_tile(axes, image, number % columns, number // columns, text, colours[number] if colours else "#cccccc")
+    finish_tiles(axes, columns, rows, title)
+    save_figure(path, figure)
+
+
+def draw_tile(axes, image: np.ndarray, column: int, row: int, text: str, colour: str) -> None:
+    """One image of a grid, in the cell of this column and row."""
+    left, top = 1.2 * column, 1.5 * row
+    axes.imshow(image, cmap="gray_r", vmin=0, vmax=255, extent=(left, left + 1, top + 1, top))
+    axes.plot([left, left + 1, left + 1, left, left], [top, top, top + 1, top + 1, top], color=colour, linewidth=2)
+    axes.text(left + 0.5, top + 1.07, text, ha="center", va="top", fontsize=9)
+
+
+def finish_tiles(axes, columns: int, rows: int, title: str) -> None:
+    """The limits and the title of a grid."""
+    axes.set(xlim=(-0.1, 1.2 * columns - 0.1), ylim=(1.5 * rows, -0.1), title=title, aspect="equal")
+    axes.axis("off")
+
+
+def plot_samples(path: Path, data: TrainingData, symbols: dict[str, str], count: int = 60) -> None:
+    """One training image each of up to sixty classes, the others left out evenly."""
+    order = data.train_rows[np.argsort(data.targets[data.train_rows], kind="stable")]
+    present, firsts = np.unique(data.targets[order], return_index=True)
+    shown = np.unique(np.linspace(0, len(present) - 1, min(len(present), count)).round().astype(int))
+    rows = np.concatenate([order[firsts[place]:][:count // len(shown)] for place in shown])
+    texts = symbol_texts([data.classes[number] for number in data.targets[rows]], symbols)
+    plot_images(path, f"Training images of {len(shown)} of {len(data.classes)} classes",
+                data.dataset.batch(rows)[0][:, 0].cpu().numpy(), texts)
+
+
+def plot_curves(path: Path, history: pd.DataFrame, kept: int) -> None:
+    """Loss, accuracy and learning rate by epoch, of training and of validation, with the kept epoch marked."""
+    figure, panels = new_figure(15, 4.5, 3)
+    for axes, kind in zip(panels, ("loss", "accuracy")):
+        factor = 100 if kind == "accuracy" else 1
+        axes.plot(history.epoch, factor * history[f"train_{kind}"], "o-", color="#4477aa", label="training, augmented")
+        if f"val_{kind}" in history and history[f"val_{kind}"].notna().any():
+            axes.plot(history.epoch, factor * history[f"val_{kind}"], "o-", color="#ee6677", label="validation")
+        axes.axvline(kept, color="#bbbbbb", linestyle=":", label=f"kept: epoch {kept}")
+        axes.set(title=kind, xlabel="epoch", ylabel="%" if kind == "accuracy" else "")
+        axes.legend()
+    panels[2].plot(history.epoch, history.learning_rate, "o-", color="#228833")
+    panels[2].set(title="learning rate at the epoch's end", xlabel="epoch", yscale="log")
+    save_figure(path, figure)
+
+
+LARGEST_MATRIX = 30
+
+
+def plot_confusions(path: Path, judged: Judged, names: list[str]) -> None:
+    """What is taken for what: the whole matrix of a few classes, the most confused pairs of many, drawn."""
+    if len(names) > LARGEST_MATRIX:
+        plot_confused_pairs(path, judged, names)
+        return
+    counts = np.zeros((len(names), len(names)), dtype=int)
+    np.add.at(counts, (judged.targets, judged.predicted), 1)
+    figure, axes = new_figure(3 + 0.4 * len(names), 2.4 + 0.4 * len(names))
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(counts):
+        if count:
+            axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=7,
+                      color="white" if shares[row, column] > 0.5 else "black")
+    axes.set(title=f"{(judged.targets == judged.predicted).mean():.2%} of {len(judged.targets):,} images are right",
+             xlabel="predicted", ylabel="true")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), names)
+    save_figure(path, figure)
+
+
+def plot_confused_pairs(path: Path, judged: Judged, names: list[str], pairs: int = 24) -> None:
+    """The pairs of classes most often confused: an image that was, and one of the class that it was taken for."""
+    wrong = pd.DataFrame({"true": judged.targets, "predicted": judged.predicted})[judged.targets != judged.predicted]
+    common = wrong.value_counts().head(pairs)
+    totals, rows = np.bincount(judged.targets, minlength=len(names)), math.ceil(max(len(common), 1) / 4)
+    figure, axes = new_figure(14, 1.9 * rows + 0.7)
+    for number, ((true, predicted), count) in enumerate(common.items()):
+        column, row = 3 * (number % 4), number // 4
+        mistaken = np.flatnonzero((judged.targets == true) & (judged.predicted == predicted))[0]
+        like = np.flatnonzero(judged.targets == predicted)
+        draw_tile(axes, judged.images(np.array([mistaken]))[0], column, row, names[true], "#cc3311")
+        if len(like):
+            draw_tile(axes, judged.images(like[:1])[0], column + 1, row, names[predicted], "#4477aa")
+        axes.text(1.2 * column + 2.3, 1.5 * row + 0.5, f"{count} of\n{totals[true]}", va="center", fontsize=9)
+    finish_tiles(axes, 12, rows, f"The {len(common)} commonest confusions of {len(judged.targets):,} images: one that "
+                                 "was mistaken (red), and one of the class that it was taken for (blue)")
+    save_figure(path, figure)
+
+
+def plot_class_accuracy(path: Path, table: pd.DataFrame, names: list[str]) -> None:
+    """The classes' accuracies: of a few each one, of many how they are spread and the worst forty."""
+    table = table.assign(name=names)[table.images > 0].sort_values(["accuracy", "images"], ascending=[True, False])
+    worst = table.head(40)
+    figure, (left, right) = new_figure(15, 5, 2)
+    left.hist(100 * table.accuracy, bins=np.linspace(0, 100, 41), color="#4477aa")
+    left.set(title=f"{len(table)} classes, mean {table.accuracy.mean():.2%}", xlabel="accuracy of a class in %",
+             ylabel="classes")
+    right.bar(range(len(worst)), 100 * worst.accuracy, color="#ee6677")
+    right.set_xticks(range(len(worst)), [f"{name}\n{images}" for name, images in zip(worst.name, worst.images)],
+                     fontsize=8 if len(worst) > 20 else 10)
+    right.set(title="each class, with its number of images" if len(worst) == len(table) else
+              f"the {len(worst)} worst, with their number of images", ylabel="accuracy in %")
+    if len(worst) and worst.accuracy.min() > 0.9:
+        right.set_ylim(bottom=100 * worst.accuracy.min() - 1, top=100)
+    save_figure(path, figure)
+
+
+def plot_predictions(path: Path, judged: Judged, names: list[str], count: int = 60) -> None:
+    """Some images with what they were taken for and how surely: green frames are right, red ones wrong."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(judged.targets))[:count])
+    right = judged.targets[chosen] == judged.predicted[chosen]
+    texts = [f"{names[judged.predicted[row]]} {judged.probabilities[row].max():.0%}"
+             + ("" if hit else f", not {names[judged.targets[row]]}") for row, hit in zip(chosen, right)]
+    plot_images(path, f"Predictions of {len(chosen)} images chosen at random: {right.sum()} are right",
+                judged.images(chosen), texts, ["#228833" if hit else "#cc3311" for hit in right])
+
+
+def write_judgement(folder: Path, prefix: str, judged: Judged, classes: list[str], symbols: dict[str, str],
+                    pictures: bool) -> None:
+    """Write the accuracy by class and draw it, the confusions and some predictions."""
+    table = class_table(judged, classes)
+    with whole_file(folder / f"{prefix}class_accuracy.csv") as temporary:
+        table.to_csv(temporary, index=False)
+    if pictures:
+        names = symbol_texts(classes, symbols)
+        plot_class_accuracy(folder / f"{prefix}class_accuracy.png", table, names)
+        plot_confusions(folder / f"{prefix}confusions.png", judged, names)
+        plot_predictions(folder / f"{prefix}predictions.png", judged, names)
 
 
 # ==== 11. Commands ====================================================================================================
@@ -1889,27 +2085,35 @@ def run(config: Config, started: float) -> None:
     symbols = read_symbols(config)
     config, data, test_table, test_dataset = prepare_data(config, runtime)
     print(f"model {config.model}" + (f" (auto: the choice for {runtime.device.type})" if asked == "auto" else ""))
-    plot_class_distribution(folder / "class_distribution.png", data.classes, data.targets, symbols)
+    if config.pictures:
+        plot_class_distribution(folder / "class_distribution.png", data.classes, data.targets, symbols)
+        plot_samples(folder / "samples.png", data, symbols)
     seconds = seconds_to_train(config, data, len(test_table), runtime, started)
     history = fit(config, data, runtime, seconds)
     best = load_checkpoint(folder / config.model_file)
     if config.neighbours:
-        voting = remember(best, data, runtime)
-        metrics = {**best.metrics, **validate(voting, data, config, runtime)}
-        best = dataclasses.replace(best, model=voting, metrics=metrics)
-        save_checkpoint(folder / config.model_file, best.model, config, data.classes, data.statistics, best.metrics)
+        best = dataclasses.replace(best, model=remember(best, data, runtime))
+    judged = judge([best], [data.dataset], data.val_rows, data.targets, runtime) if len(data.val_rows) else None
+    if config.neighbours:
+        metrics = {**best.metrics, **(score(judged.probabilities, judged.targets) if judged else {})}
+        best = dataclasses.replace(best, metrics=metrics)
+        save_checkpoint(folder / config.model_file, best.model, config, data.classes, data.statistics, metrics)
     probabilities = ensemble_predict([best], [test_dataset], runtime)
     write_submission(folder / config.submission_file, test_table, probabilities, data.classes)
+    if config.pictures:
+        plot_curves(folder / "curves.png", history, best.metrics["epoch"])
+    if judged:
+        write_judgement(folder, "", judged, data.classes, symbols, config.pictures)
+        write_probabilities(folder / "val_probabilities.npz", judged, data.classes)
     write_run_record(folder / "run.json", config, runtime, best.metrics, started)
-    print(describe_result(folder, best.metrics, history, started))
+    print(describe_result(config, best.metrics, history, started))
 
 
 def predict_command(config: Config, checkpoints: list[str], started: float) -> None:
     """Write the submission of one or more checkpoints, their probabilities averaged."""
     folder = output_folder(config)
     runtime = start_runtime(config)
-    paths = [Path(path) for path in checkpoints] or [folder / config.model_file]
-    members = [load_checkpoint(path) for path in paths]
+    members = load_members(config, checkpoints)
     if config.precision == "auto" and members[0].config.precision == "float32":
         runtime = dataclasses.replace(runtime, precision="float32")
     table = read_test_table(config)
@@ -1918,6 +2122,36 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     write_submission(folder / config.submission_file, table, probabilities, members[0].classes)
     print(f"wrote {folder / config.submission_file}: {len(table):,} rows, the mean of {len(members)} networks, "
           f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")
+
+
+def evaluate_command(config: Config, checkpoints: list[str], started: float) -> None:
+    """Loss and accuracy of one or more checkpoints, averaged, on the labelled rows of test_csv; with pictures."""
+    folder = output_folder(config)
+    runtime = start_runtime(config)
+    members = load_members(config, checkpoints)
+    table, classes = open_table(config, test_name(config), "label", "test"), members[0].classes
+    unknown = table.rows.index[~table.rows.label.isin(classes)]
+    if len(unknown):
+        raise DataError(f"{table.path}, row {unknown[0]}: label {table.rows.label[unknown[0]]!r} is none of the "
+                        f"{len(classes)} classes that the checkpoint knows; remove the row or name another table")
+    targets = pd.Categorical(table.rows.label, categories=classes).codes.astype(np.int64)
+    datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
+    judged = judge(members, datasets, np.arange(len(table)), targets, runtime)
+    figures = score(judged.probabilities, targets)
+    write_judgement(folder, "evaluation_", judged, classes, read_symbols(config), config.pictures)
+    print(f"{len(table):,} rows of {table.path}: loss {figures['val_loss']:.4f}, "
+          f"accuracy {figures['val_accuracy']:.2%}, top 3 {figures['val_top3_accuracy']:.2%}, "
+          f"per class {figures['val_class_accuracy']:.2%}")
+    if len(classes) <= LARGEST_MATRIX:
+        for row in class_table(judged, classes).itertuples():
+            print(f"  {row.label:>6} {row.accuracy:8.2%} of {row.images:,}")
+    print(f"wrote evaluation_class_accuracy.csv{' and its pictures' if config.pictures else ''} in {folder.resolve()}; "
+          f"{time.monotonic() - started:.1f} s")
+
+
+def load_members(config: Config, checkpoints: list[str]) -> list[Trained]:
+    """The named checkpoints, or the one in the output folder."""
+    return [load_checkpoint(Path(path)) for path in checkpoints or [Path(config.output_dir, config.model_file)]]
 
 
 def write_run_record(path: Path, config: Config, runtime: Runtime, metrics: dict, started: float) -> None:
@@ -1939,19 +2173,18 @@ def peak_memory_gb() -> float | None:
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 2)
 
 
-def describe_result(folder: Path, metrics: dict, history: pd.DataFrame, started: float) -> str:
+def describe_result(config: Config, metrics: dict, history: pd.DataFrame, started: float) -> str:
     """The last lines of a run: which epoch was kept, what was written, how long it took."""
     seconds = time.monotonic() - started
     text = f"kept epoch {metrics['epoch']} of {len(history)}"
     if "val_accuracy" in metrics:
+        alone = f"network alone {history.val_accuracy[metrics['epoch'] - 1]:.2%}, " if config.neighbours else ""
         text += (f": validation accuracy {metrics['val_accuracy']:.2%}, top 3 {metrics['val_top3_accuracy']:.2%}, "
-                 f"per class {metrics['val_class_accuracy']:.2%} "
-                 f"(of the rows that chose the epoch); the network alone "
-                 f"{history.val_accuracy[metrics['epoch'] - 1]:.2%}, at the last epoch "
-                 f"{history.val_accuracy.iloc[-1]:.2%}")
-    return (f"{text}\nwrote best_model.pth, submission.csv, history.csv, class_distribution.png and run.json in "
-            f"{folder.resolve()}\ntotal time {int(seconds) // 60} min {seconds % 60:.0f} s, "
-            f"peak memory {peak_memory_gb()} GB")
+                 f"per class {metrics['val_class_accuracy']:.2%} (of the rows that chose the epoch); "
+                 f"{alone}last epoch {history.val_accuracy.iloc[-1]:.2%}")
+    return (f"{text}\nwrote {config.model_file}, {config.submission_file}, history.csv, run.json"
+            f"{' and pictures' if config.pictures else ''} in {Path(config.output_dir).resolve()}\n"
+            f"total time {int(seconds) // 60} min {seconds % 60:.0f} s, peak memory {peak_memory_gb()} GB")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -1962,7 +2195,7 @@ def main(argv: list[str] | None = None) -> int:
         if command == "run":
             run(config, started)
         else:
-            predict_command(config, checkpoints, started)
+            {"predict": predict_command, "evaluate": evaluate_command}[command](config, checkpoints, started)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status

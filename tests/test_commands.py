@@ -9,11 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import CLASSES, QUICK, REPOSITORY, Command, make_competition
+from conftest import CLASSES, QUICK, REPOSITORY, Command, make_competition, make_pixel_competition
 
 import script
 
-OUTPUTS = {"best_model.pth", "submission.csv", "class_distribution.png", "history.csv", "run.json"}
+OUTPUTS = {"best_model.pth", "submission.csv", "history.csv", "run.json", "class_accuracy.csv", "val_probabilities.npz"}
+PICTURES = {"class_distribution.png", "samples.png", "curves.png", "confusions.png", "class_accuracy.png",
+            "predictions.png"}
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,7 @@ def finished(tmp_path_factory):
 
 def test_a_run_writes_everything_and_learns(finished):
     command, done = finished
-    assert set(os.listdir(command.output)) == OUTPUTS
+    assert set(os.listdir(command.output)) == OUTPUTS | PICTURES
     test = pd.read_csv(command.data / "test.csv", dtype=str)
     submission = command.submission()
     assert submission.columns.tolist() == ["example_id", "label"]
@@ -67,6 +69,63 @@ def test_predict_gives_the_same_submission(finished, tmp_path):
     assert "decoded" not in done.stdout  # the run before left them in the cache
     twice = again("predict", *[str(command.output / "best_model.pth")] * 2)
     assert "the mean of 2 networks" in twice.stdout and again.submission().equals(command.submission())
+
+
+def test_evaluate_gives_the_runs_own_figures_on_its_validation_rows(finished, tmp_path):
+    command, _ = finished
+    kept = np.load(command.output / "val_probabilities.npz")
+    train = pd.read_csv(command.data / "train.csv", dtype=str)
+    train.iloc[kept["rows"]].to_csv(tmp_path / "labelled.csv", index=False)
+    again = Command(command.data, tmp_path / "out", command.cache)
+    done = again("evaluate", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "labelled.csv"))
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((command.output / "run.json").read_text())["metrics"]
+    assert (f"loss {metrics['val_loss']:.4f}, accuracy {metrics['val_accuracy']:.2%}, top 3 "
+            f"{metrics['val_top3_accuracy']:.2%}, per class {metrics['val_class_accuracy']:.2%}") in done.stdout
+    assert len(kept["rows"]) == 10 and kept["classes"].tolist() == CLASSES
+    figures = script.score(kept["probabilities"], kept["targets"])
+    assert figures["val_loss"] == pytest.approx(metrics["val_loss"])
+    written = {f"evaluation_{name}" for name in ("class_accuracy.csv", "class_accuracy.png", "confusions.png",
+                                                 "predictions.png")}
+    assert set(os.listdir(again.output)) == written
+    table = pd.read_csv(again.output / "evaluation_class_accuracy.csv", dtype={"label": str})
+    assert table.label.tolist() == CLASSES and table.images.sum() == 10
+    assert (table.accuracy * table.images).sum() / 10 == pytest.approx(metrics["val_accuracy"])
+
+
+def test_evaluate_refuses_a_label_that_the_network_does_not_know(finished, tmp_path):
+    command, _ = finished
+    train = pd.read_csv(command.data / "train.csv", dtype=str)
+    train.loc[3, "label"] = "88"
+    train.to_csv(tmp_path / "labelled.csv", index=False)
+    again = Command(command.data, tmp_path / "out", command.cache)
+    done = again("evaluate", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "labelled.csv"))
+    assert done.returncode == 1 and "labelled.csv, row 5: label '88' is none of the 5 classes" in done.stderr
+
+
+def test_pixel_tables_and_names_of_ones_own(tmp_path):
+    command = Command(make_pixel_competition(tmp_path / "digits"), tmp_path / "out", tmp_path / "cache")
+    done = command(*QUICK, "--num-epochs", "15", "--model-file", "Digits.pt", "--submission-file", "solution.csv")
+    assert done.returncode == 0, done.stderr
+    assert "white on black, stored at 12 pixels" in done.stdout
+    named = {"Digits.pt", "solution.csv"}
+    assert set(os.listdir(command.output)) == OUTPUTS - {"best_model.pth", "submission.csv"} | named
+    solution = pd.read_csv(command.output / "solution.csv", dtype=str)
+    assert solution.columns.tolist() == ["ImageId", "Label"]
+    assert solution.ImageId.tolist() == [str(number) for number in range(1, 21)]
+    assert np.mean(solution.Label == [str(row % 5) for row in range(20)]) > 0.6
+    again = command("predict", "--model-file", "Digits.pt", "--submission-file", "again.csv")
+    assert again.returncode == 0, again.stderr
+    assert (command.output / "again.csv").read_text() == (command.output / "solution.csv").read_text()
+
+
+@pytest.mark.parametrize("preset", ["digits-mlp", "digits-cnn", "digits-tiny", "digits-best", "digits-resnet18"])
+def test_the_digit_presets_run(tmp_path, preset, main_in_process):
+    data = make_pixel_competition(tmp_path / "digits")
+    status, out, error = main_in_process("--data-dir", str(data), "--preset", preset, "--num-epochs", "1",
+                                         "--no-pictures", "--batch-size", "16")
+    assert status == 0, error
+    assert "epoch   1/1" in out
 
 
 def test_permuting_the_test_table_permutes_the_submission(finished, tmp_path):

@@ -1,0 +1,47 @@
+"""tools/report.py: one page with everything, from what a run left."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from conftest import Command, make_competition
+
+import script
+from tools import report
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    command = Command(make_competition(folder / "competition"), folder / "out", folder / "cache")
+    assert script.main(command.arguments("--model", "mlp", "--image-size", "8", "--num-epochs", "2")) == 0
+    return command
+
+
+def test_the_page_holds_figures_settings_and_every_picture(finished):
+    assert report.main([str(finished.output)]) == 0
+    text = (finished.output / "report.html").read_text()
+    metrics = json.loads((finished.output / "run.json").read_text())["metrics"]
+    assert f"accuracy {metrics['val_accuracy']:.2%}, top 3" in text and "num_epochs" in text
+    assert len(re.findall(r'<img alt="\w+" src="data:image/png;base64,iVBOR', text)) == len(report.PICTURES)
+    assert 'src="http' not in text and "<script" not in text and "<link" not in text  # nothing is fetched
+
+
+def test_another_table_is_refused(finished, tmp_path, capsys):
+    other = make_competition(tmp_path / "other", train_rows=40)
+    assert report.main([str(finished.output), "--data-dir", str(other)]) == 1
+    assert "not the table that the run was trained on" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
+    assert report.main([str(tmp_path)]) == 1
+    assert "no record of a run" in capsys.readouterr().err
+
+
+def test_calibration_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]])
+    judged = script.Judged(None, np.arange(4), np.array([0, 1, 0, 0]), probabilities)
+    bins, error = report.calibration(judged)
+    assert bins.accuracy.tolist() == [1.0, 0.5] and bins.share.tolist() == [0.5, 0.5]
+    assert error == pytest.approx((0.4 + 0.4) / 2)

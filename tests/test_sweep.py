@@ -1,0 +1,91 @@
+"""tools/sweep.py: every cell once, resumed where it was stopped, with the cells that diverge."""
+
+import re
+
+import pandas as pd
+import pytest
+from conftest import make_competition
+from PIL import Image
+
+import script
+from tools import sweep
+
+COMMON = ["--model", "mlp", "--image-size", "8", "--num-epochs", "2", "--optimizer", "sgd", "--precision", "float32"]
+
+
+@pytest.fixture
+def arguments(tmp_path):
+    competition = make_competition(tmp_path / "competition")
+    return ["--data-dir", str(competition), "--cache-dir", str(tmp_path / "cache"),
+            "--sweep-dir", str(tmp_path / "out"), *COMMON]
+
+
+def test_every_cell_is_trained_ranked_and_drawn(arguments, tmp_path, capsys):
+    assert sweep.main([*arguments, "--learning-rate", "0.01,0.1", "--batch-size=16,32,50"]) == 0
+    rows = pd.read_csv(tmp_path / "out" / "sweep.csv")
+    assert rows[["learning_rate", "batch_size"]].to_numpy().tolist() == [
+        [0.01, 16], [0.01, 32], [0.01, 50], [0.1, 16], [0.1, 32], [0.1, 50]]
+    assert rows.val_accuracy.between(0, 1).all() and (rows.epochs == 2).all() and rows.fault.isna().all()
+    assert len(pd.read_csv(tmp_path / "out" / "history.csv")) == 12
+    out = capsys.readouterr().out
+    best = rows.sort_values(["val_accuracy", "val_loss"], ascending=[False, True]).iloc[0]
+    first = re.search(r"\|--:.*\n(\|.*\|)", out)[1]
+    assert first.startswith(f"| {best.learning_rate:g} | {best.batch_size:g} | {best.val_accuracy:.2%} |")
+    for name in ("curves.png", "heat_map.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.width > 300
+
+
+def test_a_stopped_sweep_goes_on_with_the_same_cells(arguments, tmp_path, monkeypatch, capsys):
+    grid, trained, fit = ["--learning-rate", "0.01,0.1,0.2"], [], script.fit
+
+    def stop_at_the_second(config, *others):
+        trained.append(config.learning_rate)
+        if trained == [0.01, 0.1]:
+            raise KeyboardInterrupt
+        return fit(config, *others)
+
+    monkeypatch.setattr(script, "fit", stop_at_the_second)
+    assert sweep.main([*arguments, *grid]) == 130
+    assert "goes on with the next cell" in capsys.readouterr().err
+    assert pd.read_csv(tmp_path / "out" / "sweep.csv").learning_rate.tolist() == [0.01]
+    assert sweep.main([*arguments, *grid]) == 0 and trained == [0.01, 0.1, 0.1, 0.2]
+    assert pd.read_csv(tmp_path / "out" / "sweep.csv").learning_rate.tolist() == [0.01, 0.1, 0.2]
+    assert sweep.main([*arguments, *grid, "--momentum", "0.5"]) == 2
+    assert "holds a sweep of other settings or data" in capsys.readouterr().err
+
+
+def test_a_cell_that_diverges_is_a_row(arguments, tmp_path, monkeypatch):
+    descend = script.Learner.descend
+
+    def explode(learner, progress):
+        descend(learner, progress)
+        if learner.config.learning_rate == 100:
+            learner.model.head[1].bias.data.fill_(float("nan"))
+
+    monkeypatch.setattr(script.Learner, "descend", explode)
+    assert sweep.main([*arguments, "--learning-rate", "100,0.1"]) == 0
+    rows = pd.read_csv(tmp_path / "out" / "sweep.csv")
+    assert "diverged" in rows.fault[0] and rows.epochs.tolist() == [0, 2]
+    assert rows.val_accuracy.notna().tolist() == [False, True]
+
+
+def test_recipes_follow_the_swept_model(arguments, tmp_path):
+    flags = [flag for flag in arguments if flag not in ("--model", "mlp", "--optimizer", "sgd")]
+    assert sweep.main([*flags, "--model", "mlp,tiny"]) == 0
+    assert pd.read_csv(tmp_path / "out" / "sweep.csv").model.tolist() == ["mlp", "tiny"]
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--split-seed", "1,2"], "--split-seed holds for the whole sweep"),
+    (["--learning-rate", "0.1", "--train-val-split", "1"], "a sweep ranks by validation rows"),
+])
+def test_what_cannot_be_swept_is_refused(arguments, flags, message, capsys):
+    assert sweep.main([*arguments, *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_a_grid_rates_are_crossed_with_batch_sizes():
+    fixed, grid = sweep.parse_grid(["--preset", "digits-mlp", "--milestones", "3,4"])
+    assert fixed == ["--preset", "digits-mlp", "--milestones", "3,4"] and grid == sweep.DEFAULT_GRID
+    assert len(grid["learning_rate"]) * len(grid["batch_size"]) == 25

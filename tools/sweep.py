@@ -1,0 +1,217 @@
+"""Train every combination of some settings, and say which is best.
+
+    python -m tools.sweep --data-dir DIGITS --preset digits-mlp
+    python -m tools.sweep --data-dir COMPETITION --learning-rate 0.001,0.01 --batch-size 32,64 --sweep-dir sweep
+
+Every flag is one of script.py's; one with commas in it is swept over, all others hold for every cell. Without any, the
+rates 0.001, 0.01, 0.1, 0.5, 1.0 are crossed with batches of 32, 64, 128, 256, 512. The data is read once and stays in
+memory. A cell that is in sweep.csv is not trained again, so a sweep that was stopped goes on where it was; one whose
+settings or training table changed is refused. A cell that diverges is a row too. Writes into --sweep-dir
+
+    sweep.csv     a row a cell: its settings, the last epoch's figures, its seconds, and what went wrong
+    history.csv   a row an epoch of each cell
+    curves.png    loss and accuracy, of training and of validation, by epoch
+    heat_map.png  the validation accuracy over the first two settings
+
+and prints the ranking. The validation rows rank the cells, so the best cell's own figure flatters it a little.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import script
+
+DEFAULT_GRID = {"learning_rate": [0.001, 0.01, 0.1, 0.5, 1.0], "batch_size": [32, 64, 128, 256, 512]}
+# What the data was read or split by holds for all cells, since it is read once.
+FIXED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "output_dir", "train_val_split", "split_seed",
+         "device", "precision", "max_minutes"}
+FIGURES = ["train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top3_accuracy", "val_class_accuracy"]
+
+
+def parse_grid(argv: list[str]) -> tuple[list[str], dict[str, list]]:
+    """The flags that hold for every cell, and the values of each that is swept over, as Config has them."""
+    fixed, grid = [], {}
+    for flag, text in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        name = flag.removeprefix("--").replace("-", "_").split("=")[0]
+        text = flag.split("=", 1)[1] if "=" in flag else text
+        if flag.startswith("--") and name != "milestones" and "," in text and not text.startswith("--"):
+            parsed = [script.parse_command_line([f"--{name.replace('_', '-')}", value.strip()])[2]
+                      for value in text.split(",")]
+            if name in FIXED:
+                raise script.UsageError(f"--{name.replace('_', '-')} holds for the whole sweep: name one")
+            grid[name] = [getattr(config, name) for config in parsed]
+    skip = False
+    for flag in argv:
+        swept = flag.startswith("--") and flag.removeprefix("--").replace("-", "_").split("=")[0] in grid
+        if not swept and not skip:
+            fixed.append(flag)
+        skip = swept and "=" not in flag
+    return fixed, grid or DEFAULT_GRID
+
+
+def identity(config: script.Config, grid: dict[str, list], data: script.TrainingData) -> str:
+    """What a sweep's rows have in common: the settings of every cell but where it lies, and the training table."""
+    settings = {name: value for name, value in dataclasses.asdict(config).items()
+                if name not in (*grid, "output_dir", "cache_dir", "data_dir", "num_workers", "pictures")}
+    table = [len(data.targets), data.classes, int(data.dataset.images.long().sum()), int(data.targets.sum())]
+    return json.dumps([settings, grid, table], sort_keys=True)
+
+
+def train_cell(config: script.Config, data: script.TrainingData, runtime: script.Runtime) -> pd.DataFrame:
+    """The history of one cell; quietly, and keeping nothing."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        return script.fit(dataclasses.replace(config, output_dir=folder), data, runtime)
+
+
+def finished_cells(folder: Path, same: str) -> tuple[list[dict], list[dict]]:
+    """The rows and histories of an earlier, interrupted sweep; empty where there is none. Refuses another sweep's."""
+    if not (folder / "sweep.csv").exists():
+        return [], []
+    if not (folder / "sweep.json").exists() or (folder / "sweep.json").read_text() != same:
+        raise script.UsageError(f"{folder}: holds a sweep of other settings or data; name another --sweep-dir, or "
+                                "remove it")
+    return tuple(pd.read_csv(folder / name, keep_default_na=True).to_dict("records")
+                 for name in ("sweep.csv", "history.csv"))
+
+
+def write_table(path: Path, rows: list[dict], columns: list[str]) -> None:
+    """Write the rows as CSV, whole or not at all."""
+    with script.whole_file(path) as temporary:
+        pd.DataFrame(rows, columns=columns).to_csv(temporary, index=False)
+
+
+def sweep(given: script.Config, grid: dict[str, list], folder: Path) -> pd.DataFrame:
+    """Train the cells that are not there yet; gives all rows of sweep.csv."""
+    runtime = script.start_runtime(given)
+    folder.mkdir(parents=True, exist_ok=True)
+    largest = {"image_size": max(grid["image_size"])} if "image_size" in grid else {}
+    config, data, *_ = script.prepare_data(dataclasses.replace(given, **largest), runtime)
+    same = identity(config, grid, data)
+    rows, histories = finished_cells(folder, same)
+    with script.whole_file(folder / "sweep.json") as temporary:
+        temporary.write_text(same)
+    cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    for number, cell in enumerate(cells, start=1):
+        if any(all(row[name] == value for name, value in cell.items()) for row in rows):
+            continue
+        started, fault, history = time.monotonic(), "", pd.DataFrame()
+        try:
+            full = script.complete_config(dataclasses.replace(given, **cell), runtime, len(data.train_rows))
+            history = train_cell(full, data, runtime)
+        except script.DataError as error:  # what diverges, and what does not fit together
+            fault = str(error)
+        last = history.iloc[-1] if len(history) else dict.fromkeys(FIGURES, np.nan)
+        rows.append({**cell, **{name: last[name] for name in FIGURES}, "epochs": len(history),
+                     "seconds": round(time.monotonic() - started, 2), "fault": fault})
+        histories += history.assign(**cell).to_dict("records")
+        write_table(folder / "history.csv", histories, [*grid, *script.HISTORY_COLUMNS])
+        write_table(folder / "sweep.csv", rows, [*grid, *FIGURES, "epochs", "seconds", "fault"])  # now the cell counts
+        print(f"{number:>3}/{len(cells)}  {describe(cell)}  " + (fault or f"validation accuracy "
+              f"{last['val_accuracy']:.2%} loss {last['val_loss']:.4f}  {rows[-1]['seconds']:.1f} s"), flush=True)
+    return pd.DataFrame(rows)
+
+
+def describe(cell: dict) -> str:
+    """A cell's settings in a few words."""
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}" if isinstance(value, float) else
+                     f"{name.replace('_', ' ')} {value}" for name, value in cell.items())
+
+
+def plot_histories(path: Path, histories: pd.DataFrame, grid: dict[str, list]) -> None:
+    """Four panels: loss and accuracy, of training and of validation; a colour for the first setting's values."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 9), layout="constrained")
+    names, palette = list(grid), colormaps["viridis"]
+    styles = ["-", "--", ":", "-.", (0, (1, 4)), (0, (6, 1, 1, 1))]
+    for axes, column in zip(figure.subplots(2, 2).flat, ("train_loss", "val_loss", "train_accuracy", "val_accuracy")):
+        for values, history in histories.groupby(names, sort=False):
+            place = grid[names[0]].index(values[0])
+            style = styles[grid[names[1]].index(values[1]) % len(styles)] if len(names) > 1 else "-"
+            axes.plot(history.epoch, history[column], linestyle=style, marker="o", markersize=3,
+                      color=palette(place / max(len(grid[names[0]]) - 1, 1)), label=describe(dict(zip(names, values))))
+        kind, what = column.split("_")
+        axes.set(title=f"{'training' if kind == 'train' else 'validation'} {what}", xlabel="epoch")
+        if what == "loss" and histories[column].max() > 10 * max(histories[column].min(), 1e-6):
+            axes.set_yscale("log")
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", fontsize=8)
+    with script.whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def plot_heat_map(path: Path, rows: pd.DataFrame, grid: dict[str, list]) -> None:
+    """The best validation accuracy over the first two settings, in percent; cells that diverged are grey."""
+    from matplotlib.figure import Figure
+
+    names = (list(grid) * 2)[:2]
+    best = rows.assign(val_accuracy=100 * rows.val_accuracy).groupby(names if names[0] != names[1] else names[:1])
+    best = best.val_accuracy.max()
+    table = best.unstack() if names[0] != names[1] else best.to_frame("")
+    figure = Figure(figsize=(2.5 + 1.1 * table.shape[1], 1.8 + 0.7 * table.shape[0]), layout="constrained")
+    axes = figure.subplots()
+    axes.set_facecolor("#cccccc")
+    axes.imshow(table, cmap="viridis", aspect="auto")
+    middle = np.nanmean([np.nanmin(table), np.nanmax(table)]) if table.notna().any(axis=None) else 0
+    for (row, column), value in np.ndenumerate(table.to_numpy()):
+        axes.text(column, row, "diverged" if np.isnan(value) else f"{value:.2f}", ha="center", va="center",
+                  color="black" if np.isnan(value) or value > middle else "white")
+    axes.set_xticks(range(table.shape[1]), table.columns)
+    axes.set_yticks(range(table.shape[0]), table.index)
+    axes.set(title="validation accuracy in %", ylabel=names[0].replace("_", " "),
+             xlabel=names[1].replace("_", " ") if names[0] != names[1] else "")
+    with script.whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def ranking(rows: pd.DataFrame, grid: dict[str, list], shown: int = 10) -> str:
+    """The best cells, as a Markdown table."""
+    best = rows.sort_values(["val_accuracy", "val_loss"], ascending=[False, True], na_position="last").head(shown)
+    lines = [f"| {' | '.join(name.replace('_', ' ') for name in grid)} | accuracy | loss | training rows | seconds |",
+             "|" + "--:|" * (len(grid) + 4)]
+    for _, row in best.iterrows():
+        cells = [f"{row[name]:g}" if isinstance(row[name], float) else str(row[name]) for name in grid]
+        lines.append(f"| {' | '.join(cells)} | {row.val_accuracy:.2%} | {row.val_loss:.4f} | "
+                     f"{row.train_accuracy:.2%} | {row.seconds:.1f} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    started = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--sweep-dir", type=Path, default=Path("sweep"), help="folder of what is written")
+    given, flags = parser.parse_known_args(argv)
+    try:
+        fixed, grid = parse_grid(flags)
+        config = script.parse_command_line(fixed)[2]
+        if config.train_val_split == 1:
+            raise script.UsageError("a sweep ranks by validation rows: set --train-val-split below 1")
+        rows = sweep(config, grid, given.sweep_dir)
+        plot_histories(given.sweep_dir / "curves.png", pd.read_csv(given.sweep_dir / "history.csv"), grid)
+        plot_heat_map(given.sweep_dir / "heat_map.png", rows, grid)
+    except script.DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the next cell", file=sys.stderr)
+        return 130
+    print(f"{ranking(rows, grid)}\nwrote sweep.csv, history.csv, curves.png and heat_map.png in "
+          f"{given.sweep_dir.resolve()}; {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
