@@ -1898,6 +1898,13 @@ def symbol_texts(classes: list[str], symbols: dict[str, str]) -> list[str]:
     return texts
 
 
+def label_bars(axes, names: list[str], places: np.ndarray | None = None) -> None:
+    """Names below the bars, long ones upright."""
+    axes.set_xticks(range(len(names)) if places is None else places, names, fontsize=9)
+    for tick, name in zip(axes.get_xticklabels(), names):
+        tick.set_rotation(90 if len(name) > 2 and not name.startswith("$") else 0)
+
+
 def plot_class_distribution(path: Path, classes: list[str], targets: np.ndarray, symbols: dict[str, str]) -> None:
     """Bars of the number of labelled images of each class, sorted; of many classes, sixty are named."""
     counts = np.bincount(targets, minlength=len(classes))
@@ -1910,9 +1917,7 @@ def plot_class_distribution(path: Path, classes: list[str], targets: np.ndarray,
              xlabel="" if len(order) <= 60 else f"{len(order)} classes by size, {len(shown)} of them named",
              title=f"{counts.sum():,} labelled images of {len(counts)} classes: {counts.min():,} to {counts.max():,} a "
                    f"class, median {np.median(counts):,.0f}")
-    axes.set_xticks(shown, names, fontsize=9)
-    for tick, name in zip(axes.get_xticklabels(), names):
-        tick.set_rotation(90 if len(name) > 2 and not name.startswith("$") else 0)
+    label_bars(axes, names, shown)
     if counts.max() > 20 * counts.min():
         axes.set_yscale("log")
         axes.set_ylim(bottom=1)
@@ -2000,7 +2005,7 @@ def plot_confused_pairs(path: Path, judged: Judged, names: list[str], pairs: int
     wrong = pd.DataFrame({"true": judged.targets, "predicted": judged.predicted})[judged.targets != judged.predicted]
     common = wrong.value_counts().head(pairs)
     totals, rows = np.bincount(judged.targets, minlength=len(names)), math.ceil(max(len(common), 1) / 4)
-    figure, axes = new_figure(14, 1.9 * rows + 0.7)
+    figure, axes = new_figure(14.4, 1.5 * rows + 0.5)
     for number, ((true, predicted), count) in enumerate(common.items()):
         column, row = 3 * (number % 4), number // 4
         mistaken = np.flatnonzero((judged.targets == true) & (judged.predicted == predicted))[0]
@@ -2015,20 +2020,18 @@ def plot_confused_pairs(path: Path, judged: Judged, names: list[str], pairs: int
 
 
 def plot_class_accuracy(path: Path, table: pd.DataFrame, names: list[str]) -> None:
-    """The classes' accuracies: of a few each one, of many how they are spread and the worst forty."""
-    table = table.assign(name=names)[table.images > 0].sort_values(["accuracy", "images"], ascending=[True, False])
-    worst = table.head(40)
+    """The classes' accuracies: of a few each one, of many how they are spread and the forty with most mistakes."""
+    table = table.assign(name=names, mistakes=table.images * (1 - table.accuracy))[table.images > 0]
+    worst = table.nlargest(40, "mistakes").sort_values("accuracy")
     figure, (left, right) = new_figure(15, 5, 2)
     left.hist(100 * table.accuracy, bins=np.linspace(0, 100, 41), color="#4477aa")
     left.set(title=f"{len(table)} classes, mean {table.accuracy.mean():.2%}", xlabel="accuracy of a class in %",
              ylabel="classes")
     right.bar(range(len(worst)), 100 * worst.accuracy, color="#ee6677")
-    right.set_xticks(range(len(worst)), [f"{name}\n{images}" for name, images in zip(worst.name, worst.images)],
-                     fontsize=8 if len(worst) > 20 else 10)
-    right.set(title="each class, with its number of images" if len(worst) == len(table) else
-              f"the {len(worst)} worst, with their number of images", ylabel="accuracy in %")
-    if len(worst) and worst.accuracy.min() > 0.9:
-        right.set_ylim(bottom=100 * worst.accuracy.min() - 1, top=100)
+    label_bars(right, worst.name.tolist())
+    right.set(title="each class" if len(worst) == len(table) else
+              f"the {len(worst)} that hold {worst.mistakes.sum() / max(table.mistakes.sum(), 1):.0%} of the mistakes",
+              ylabel="accuracy in %", ylim=(100 * worst.accuracy.min() - 1 if worst.accuracy.min() > 0.9 else 0, 100))
     save_figure(path, figure)
 
 

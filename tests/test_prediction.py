@@ -76,7 +76,7 @@ def test_neighbours_vote_by_their_nearness():
         assert torch.allclose(many(image).exp().sum(), torch.tensor(1.0))
 
 
-@pytest.mark.parametrize("model", ["resnet", "cnn", "digit-cnn", "mlp"])  # tiny's dozen features at random are too alike
+@pytest.mark.parametrize("model", ["resnet", "cnn", "digit-cnn", "mlp"])  # tiny has too few features
 def test_a_network_remembers_its_training_images_and_so_does_its_checkpoint(tmp_path, model):
     """Weights at random, memory as taught: with nearly the whole vote the training images get their own labels."""
     config = Config(model=model, image_size=8, dropout=0.2, neighbours=1, neighbour_share=0.99)
