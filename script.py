@@ -85,6 +85,7 @@ class Config:
     model_file: str = "best_model.pth"  # checkpoint of the best epoch, in output_dir
     submission_file: str = "submission.csv"  # what is uploaded, in output_dir
     pictures: bool = True               # draw samples, curves, confusions, accuracy by class and predictions
+    tensorboard: bool = False           # write each epoch's figures for TensorBoard too, where it is installed
 
     # Model
     model: str = "auto"                 # a key of MODELS, torchvision:NAME, or auto: resnet on an accelerator, else cnn
@@ -1651,7 +1652,7 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
     model_file in the output folder is the best epoch by select_by, or the last without validation rows. After
     `seconds` training ends; the schedule is laid over the time there is.
     """
-    folder = Path(config.output_dir)
+    folder, board = Path(config.output_dir), scalar_board(config)
     learner = Learner(config, start_model(config, data, runtime), len(data.classes), runtime)
     print(summarize_model(learner.model, config))
     pace = Pace(config.num_epochs * steps_in_epoch(data.train_rows, config), seconds)
@@ -1666,6 +1667,10 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
         row["seconds"] = time.monotonic() - started
         history.append(row)
         print(describe_epoch(row, config.num_epochs, images / (trained - started)), flush=True)
+        if board:
+            for name, value in row.items():
+                board.add_scalar(name, value, epoch)
+            board.flush()
         if config.schedule == "plateau":
             learner.plateau.step(row["val_accuracy"])
         if best is None or is_better(row, best, config):
@@ -1680,6 +1685,17 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
         if pace.progress(learner.step) >= 1:
             break
     return pd.DataFrame(history, columns=HISTORY_COLUMNS)
+
+
+def scalar_board(config: Config):
+    """TensorBoard's writer below the output folder; None where it was not asked for."""
+    if not config.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UsageError("--tensorboard needs a package that is not installed: pip install tensorboard") from None
+    return SummaryWriter(Path(config.output_dir, "tensorboard"))
 
 
 def is_better(row: dict, best: dict, config: Config) -> bool:

@@ -34,6 +34,16 @@ def centre(ink: torch.Tensor) -> torch.Tensor:
     return torch.stack(moments, dim=1) / mass[:, None]
 
 
+def test_a_crop_is_scaled_up_in_a_share_of_the_images():
+    config = dataclasses.replace(STILL, crop=0.5, crop_size=0.5)
+    images = torch.zeros(400, 1, 32, 32, dtype=torch.uint8)
+    images[:, :, 12:20, 12:20] = 255
+    mass = augment(images, config, seeded()).sum(dim=(1, 2, 3))
+    kept = (mass - 64).abs() < 1e-3
+    assert 0.4 < kept.float().mean() < 0.6
+    assert 2.5 * 64 < mass.max() <= 4.1 * 64 and mass.min() > 0  # up to twice as long and as wide; never all outside
+
+
 def test_a_blank_page_stays_blank():
     blank = torch.zeros(64, 1, 32, 32, dtype=torch.uint8)
     assert augment(blank, STRONG, seeded()).abs().max() == 0

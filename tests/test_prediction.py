@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 
 import script
 from script import Config, DataError, ImageStatistics, MathSymbolDataset, Trained
@@ -127,17 +126,3 @@ def test_a_submission_that_does_not_read_back_keeps_the_old_one(tmp_path, monkey
     with pytest.raises(DataError, match="does not read back"):
         script.write_submission(path, ids_table(["1", "3"]), np.eye(2), ["2", "4"])
     assert path.read_text() == "old"
-
-
-def test_pictures_show_symbols_where_they_can_be_drawn():
-    texts = script.symbol_texts(["31", "82", "5", "$x"], {"31": "A", "82": r"\alpha", "5": r"\mathds{1}"})
-    assert texts == ["$A$", r"$\alpha$", "5", r"\$x"]
-
-
-@pytest.mark.parametrize("classes", [2, 44, 369])
-def test_the_class_distribution_is_drawn(tmp_path, classes):
-    path, labels = tmp_path / "class_distribution.png", [str(number) for number in range(classes)]
-    targets = np.repeat(np.arange(classes), np.arange(classes) % 40 + 1)
-    script.plot_class_distribution(path, labels, targets, {"1": r"\pi"})
-    image = np.asarray(Image.open(path).convert("RGB"))
-    assert image.shape[0] > 400 and (image == [0x44, 0x77, 0xaa]).all(axis=2).mean() > 0.02  # bars

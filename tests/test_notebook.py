@@ -1,0 +1,31 @@
+"""docs/quickstart.ipynb runs from top to bottom."""
+
+import ast
+import shutil
+
+import pandas as pd
+import pytest
+from conftest import REPOSITORY
+
+
+@pytest.mark.slow
+def test_the_notebook_goes_from_the_folder_to_a_submission(tmp_path, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    for name in ("script.py", "train.csv", "test.csv", "classes.csv"):
+        if (REPOSITORY / name).exists():
+            shutil.copy(REPOSITORY / name, tmp_path)
+    (tmp_path / "Dataset_Image").symlink_to(REPOSITORY / "Dataset_Image")
+    (tmp_path / "docs").mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    notebook = nbformat.read(REPOSITORY / "docs" / "quickstart.ipynb", as_version=4)
+    assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    NotebookClient(notebook, timeout=600, kernel_name="python3",
+                   resources={"metadata": {"path": str(tmp_path / "docs")}}).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
+    submission = pd.read_csv(tmp_path / "docs" / "quickstart-output" / "submission.csv", dtype=str)
+    assert submission.example_id.tolist() == pd.read_csv(tmp_path / "test.csv", dtype=str).example_id.tolist()
+    scores = next(cell for cell in notebook.cells if "script.score(" in cell.source).outputs[0]["data"]["text/plain"]
+    assert ast.literal_eval(scores)["val_accuracy"] > 0.9
