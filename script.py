@@ -586,7 +586,9 @@ def pixel_table(path: Path, header: pd.Index, column: str) -> Table:
 
 
 def pixel_fault(path: Path, header: pd.Index) -> str:
-    """What is wrong with the first row of a pixel table that cannot be used."""
+    """What is wrong with the first row of a pixel table that cannot be used; without the row if it is compressed."""
+    if path.suffix in (".gz", ".bz2", ".zip", ".xz", ".zst"):
+        return f"{path}: not every pixel is a whole number from 0 to 255; unpack it to be told which row"
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
         for row, cells in enumerate(csv.reader(file), start=1):
             if cells and len(cells) != len(header):
@@ -1229,7 +1231,7 @@ class Normalize(nn.Module):
         """Set both from the training images: their mean and deviation, or each pixel's least value and range."""
         count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
         for rows in np.array_split(data.train_rows, math.ceil(len(data.train_rows) / 1024)):
-            ink = to_input(data.dataset.batch(rows)[0], config)
+            ink = to_input(data.dataset.batch(rows)[0], config).cpu()  # Apple's GPU has no float64
             count, total = count + ink.numel(), total + ink.double().sum()
             squares = squares + ink.double().square().sum()
             low = ink.amin(dim=0, keepdim=True).clamp(max=low)
@@ -1729,8 +1731,8 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
         predict(model, data.dataset, rows, config, runtime)
         seconds.append(time.monotonic() - begun)
     per_image = min(seconds) / len(rows)
-    images = len(data.val_rows) + test_rows + (len(data.targets) if config.neighbours else 0)
-    reserve = 10 + 1.5 * per_image * images  # ten seconds to import, to write and to exit
+    images = 2 * len(data.val_rows) + test_rows + (len(data.train_rows) if config.neighbours else 0)
+    reserve = 10 + 10 * config.pictures + 1.5 * per_image * images  # seconds to import, to write, to exit and to draw
     left = started + 60 * config.max_minutes - time.monotonic() - reserve
     if left <= 0:
         raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: the start took "
@@ -2130,11 +2132,7 @@ def run(config: Config, started: float) -> None:
 
 def predict_command(config: Config, checkpoints: list[str], started: float) -> None:
     """Write the submission of one or more checkpoints, their probabilities averaged."""
-    folder = output_folder(config)
-    runtime = start_runtime(config)
-    members = load_members(config, checkpoints)
-    if config.precision == "auto" and members[0].config.precision == "float32":
-        runtime = dataclasses.replace(runtime, precision="float32")
+    folder, (members, runtime) = output_folder(config), load_members(config, checkpoints)
     table = read_test_table(config)
     datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
     probabilities = ensemble_predict(members, datasets, runtime)
@@ -2145,9 +2143,7 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
 
 def evaluate_command(config: Config, checkpoints: list[str], started: float) -> None:
     """Loss and accuracy of one or more checkpoints, averaged, on the labelled rows of test_csv; with pictures."""
-    folder = output_folder(config)
-    runtime = start_runtime(config)
-    members = load_members(config, checkpoints)
+    folder, (members, runtime) = output_folder(config), load_members(config, checkpoints)
     table, classes = open_table(config, test_name(config), "label", "test"), members[0].classes
     unknown = table.rows.index[~table.rows.label.isin(classes)]
     if len(unknown):
@@ -2168,9 +2164,13 @@ def evaluate_command(config: Config, checkpoints: list[str], started: float) -> 
           f"{time.monotonic() - started:.1f} s")
 
 
-def load_members(config: Config, checkpoints: list[str]) -> list[Trained]:
-    """The named checkpoints, or the one in the output folder."""
-    return [load_checkpoint(Path(path)) for path in checkpoints or [Path(config.output_dir, config.model_file)]]
+def load_members(config: Config, checkpoints: list[str]) -> tuple[list[Trained], Runtime]:
+    """The named checkpoints, or the one in the output folder, and a runtime of the precision that they were made in."""
+    runtime = start_runtime(config)
+    members = [load_checkpoint(Path(path)) for path in checkpoints or [Path(config.output_dir, config.model_file)]]
+    if config.precision == "auto" and members[0].config.precision == "float32":
+        runtime = dataclasses.replace(runtime, precision="float32")
+    return members, runtime
 
 
 def write_run_record(path: Path, config: Config, runtime: Runtime, metrics: dict, started: float) -> None:

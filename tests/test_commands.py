@@ -201,7 +201,8 @@ def test_the_classic_preset_runs(main_in_process, command):
 
 
 def test_the_time_limit_ends_in_a_submission(command):
-    done = command("--max-minutes", "0.5", "--num-epochs", "100000", "--batch-size", "16", "--image-size", "16")
+    done = command("--max-minutes", "0.5", "--num-epochs", "100000", "--batch-size", "16", "--image-size", "16",
+                   "--no-pictures")
     assert done.returncode == 0, done.stderr
     assert len(command.submission()) == 30 and len(pd.read_csv(command.output / "history.csv")) < 100_000
 

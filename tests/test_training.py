@@ -310,7 +310,9 @@ def test_time_for_training_is_what_the_rest_leaves():
     started = time.monotonic()
     assert script.seconds_to_train(SMALL, data, 10, CPU, started) == math.inf
     limited = dataclasses.replace(SMALL, max_minutes=1.0)
-    assert 40 < script.seconds_to_train(limited, data, 10, CPU, started) < 51
+    assert 35 < script.seconds_to_train(limited, data, 10, CPU, started) < 41
+    bare = dataclasses.replace(limited, pictures=False)
+    assert 45 < script.seconds_to_train(bare, data, 10, CPU, started) < 51
     with pytest.raises(UsageError, match="leaves no time to train"):
         script.seconds_to_train(limited, data, 10, CPU, started - 58)
 
