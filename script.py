@@ -188,7 +188,7 @@ RECIPES = {
     "torchvision": {"image_size": 64, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.2},
 }
 
-# A recipe with nothing of ours: what the presets add to is theirs.
+# Nothing of our own recipe: what a preset adds to this is its own.
 PLAIN = {
     "weight_decay": 0.0, "warmup": 0.0, "label_smoothing": 0.0, "average_decay": 0.0, "max_grad_norm": 0.0,
     "neighbours": 0, "dropout": 0.0, "rotation": 0.0, "scale": 0.0, "shear": 0.0, "stretch": 0.0, "elastic": 0.0,

@@ -128,6 +128,19 @@ def test_the_digit_presets_run(tmp_path, preset, main_in_process):
     assert "epoch   1/1" in out
 
 
+@pytest.mark.slow
+def test_the_transfer_preset_runs_from_a_file_of_weights(tmp_path, main_in_process):
+    """torchvision's layers at random stand for the pretrained ones, which cannot be had everywhere."""
+    import torchvision
+
+    torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")
+    data = make_pixel_competition(tmp_path / "digits")
+    status, out, error = main_in_process("--data-dir", str(data), "--preset", "digits-transfer", "--num-epochs", "2",
+                                         "--no-pictures", "--weights", str(tmp_path / "resnet50.pth"))
+    assert status == 0, error
+    assert "torchvision:resnet50, 23.51 million parameters" in out and "epoch   2/2" in out
+
+
 def test_permuting_the_test_table_permutes_the_submission(finished, tmp_path):
     command, _ = finished
     test = pd.read_csv(command.data / "test.csv", dtype=str).sample(frac=1, random_state=1)

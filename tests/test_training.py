@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import sys
 import time
 import types
 import typing
@@ -132,6 +133,29 @@ def test_early_stopping_ends_a_training_that_does_not_improve(tmp_path, capsys):
     assert "stopped early: 3 epochs without a better validation accuracy" in capsys.readouterr().out
     assert len(history) < 50
     assert script.load_checkpoint(tmp_path / "best_model.pth").metrics["epoch"] == len(history) - 3
+
+
+def test_scalars_are_written_for_tensorboard_where_it_is_asked_for(tmp_path, monkeypatch):
+    written = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == tmp_path / "tensorboard"
+
+        def add_scalar(self, name, value, epoch):
+            written.append((epoch, name, value))
+
+        def flush(self):
+            pass
+
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), model="mlp", tensorboard=True)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    history = script.fit(config, small_data(), CPU)
+    assert [value for _, name, value in written if name == "val_accuracy"] == history.val_accuracy.tolist()
+    assert {name for _, name, _ in written} == set(script.HISTORY_COLUMNS)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
+    with pytest.raises(UsageError, match="pip install tensorboard"):
+        script.fit(config, small_data(), CPU)
 
 
 def test_a_frozen_body_keeps_its_weights_and_statistics(tmp_path):
