@@ -332,7 +332,7 @@ def complete_config(config: Config, runtime: "Runtime", training_rows: int) -> C
                                  eval_batch_size=runtime.eval_batch_size)
     chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     if "num_epochs" in chosen:
-        steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]))
+        steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]) / config.accumulate)
         chosen["num_epochs"] = max(recipe["num_epochs"], math.ceil(config.min_steps / steps))
     return dataclasses.replace(config, **chosen)
 
@@ -564,7 +564,7 @@ def pixel_table(path: Path, header: pd.Index, column: str) -> Table:
     side = math.isqrt(len(names))
     if names != [f"pixel{number}" for number in range(side * side)]:
         raise DataError(f"{path}: {len(names)} pixel columns, {names[0]} to {names[-1]}, are no square image; one of "
-                        f"{side} x {side} has pixel0 to pixel{side * side - 1}")
+                        f"{side} x {side} has pixel0 to pixel{side * side - 1}, each once")
     ids = next((name for name in ("example_id", "ImageId") if name in header), None)
     texts = ["label"] if column == "label" else [ids] if ids else []
     check_columns(path, header, tuple(texts))
@@ -660,7 +660,7 @@ def read_train_table(config: Config) -> Table:
 
 def read_test_table(config: Config) -> Table:
     """The table to predict, with example ids. Raises DataError for an id that stands there twice."""
-    table = open_table(config, test_name(config), "example_id", "test")
+    table = open_table(config, test_table_name(config), "example_id", "test")
     ids = table.rows.example_id
     repeated = ids.index[ids.duplicated()]
     if len(repeated):
@@ -670,7 +670,7 @@ def read_test_table(config: Config) -> Table:
     return table
 
 
-def test_name(config: Config) -> str:
+def test_table_name(config: Config) -> str:
     """The table to predict: test_csv, or the other part of torchvision's data where none was named."""
     own = config.train_csv.startswith("torchvision:") and config.test_csv == Config.test_csv
     return config.train_csv if own else config.test_csv
@@ -1263,10 +1263,16 @@ def torchvision_model(name: str, num_classes: int, dropout: float, image_size: i
     options = {"image_size": image_size} if name.startswith("vit_") else {}
     if name in ("googlenet", "inception_v3"):
         options = {"aux_logits": weights is not None, "init_weights": weights is None}
-    network = torchvision.models.get_model(name, **options)
+    try:
+        network = torchvision.models.get_model(name, **options)
+    except (AssertionError, ValueError) as error:  # a size that is no multiple of a transformer's patch
+        raise UsageError(f"--model torchvision:{name} cannot take images of {image_size} pixels ({first_line(error)}); "
+                         "name another --image-size, such as 224") from None
     if weights is not None:
         network.load_state_dict(weights)
         network.aux_logits = False
+        for branch in {"aux1", "aux2", "AuxLogits"} & dict(network.named_children()).keys():
+            setattr(network, branch, None)
     places = {kind: [place for place, layer in network.named_modules() if isinstance(layer, kind)]
               for kind in (nn.Conv2d, nn.Linear)}
     last = [place for place in places[nn.Linear] if network.get_submodule(place).out_features == 1000]
@@ -1329,7 +1335,10 @@ def load_weights(model: nn.Module, config: Config, classes: list[str]) -> None:
             state = torch.load(config.weights, map_location="cpu", weights_only=True)
         if "classes" in state:  # a checkpoint of ours
             same = state["classes"] == classes
-            state = {key: value for key, value in state["model"].items() if same or not key.startswith("head.")}
+            state = {key: value for key, value in state["model"].items()
+                     if (same or not key.startswith("head.")) and not key.startswith("normalize.")}
+        elif ours:
+            raise ValueError("it is no checkpoint of script.py")
         else:
             other = torchvision_model(name, len(classes), config.dropout, config.image_size, state)
             state = {key: value for key, value in other.state_dict().items() if key.startswith("body.")}
@@ -1340,7 +1349,8 @@ def load_weights(model: nn.Module, config: Config, classes: list[str]) -> None:
             raise ValueError(f"it is of another network, with another {others[0]}")
         model.load_state_dict(state, strict=False)
     except Exception as error:  # urllib, pickle and torch each raise their own
-        raise DataError(f"--weights {config.weights}: cannot be used ({type(error).__name__}: {first_line(error)}); "
+        fault = " ".join(str(error).split()[:40])  # torch names the layer that does not fit in a second line
+        raise DataError(f"--weights {config.weights}: cannot be used ({type(error).__name__}: {fault}); "
                         f"{remedy}") from None
 
 
@@ -1637,7 +1647,7 @@ def train(learner: Learner, data: TrainingData, epoch: int, pace: Pace) -> dict[
 
 
 def validate(model: nn.Module, data: TrainingData, config: Config, runtime: Runtime) -> dict[str, float]:
-    """val_loss, val_accuracy and val_class_accuracy on the validation rows; empty if there are none."""
+    """The figures of `score` on the validation rows; empty if there are none."""
     if not len(data.val_rows):
         return {}
     probabilities = predict(model, data.dataset, data.val_rows, config, runtime)
@@ -1656,7 +1666,6 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
     """
     folder, board = Path(config.output_dir), scalar_board(config)
     learner = Learner(config, start_model(config, data, runtime), len(data.classes), runtime)
-    print(summarize_model(learner.model, config))
     pace = Pace(config.num_epochs * steps_in_epoch(data.train_rows, config), seconds)
     history, best = [], None
     for epoch in range(1, config.num_epochs + 1):
@@ -1814,13 +1823,16 @@ def validation_datasets(members: list[Trained], config: Config,
                         runtime: Runtime) -> tuple[list[MathSymbolDataset], np.ndarray]:
     """The validation rows that the members share, as each one's dataset, and their class numbers [rows].
 
-    The config says where the labelled table is. Raises DataError where the members were split in different ways, since
-    some would be scored on rows that they were trained on, or where the table is not the one they were trained on.
+    The config says in which folder their labelled table lies. Raises DataError where the members were split in
+    different ways, since some would be scored on rows that they were trained on, or where the table is not the one
+    they were trained on.
     """
     if len({(member.config.split_seed, member.config.train_val_split) for member in members}) > 1:
         raise DataError("the checkpoints were split by different --split-seed or --train-val-split: what one was "
                         "trained on, another would be validated on; score them one by one")
-    table, classes = read_train_table(config), members[0].classes
+    own, classes = members[0].config, members[0].classes
+    config = dataclasses.replace(config, train_csv=own.train_csv, root_dir=own.root_dir)
+    table = read_train_table(config)
     if set(table.rows.label) != set(classes):
         raise DataError(f"{table.path}: not the classes that the checkpoint was trained on; name its own "
                         "table with --data-dir")
@@ -1968,11 +1980,12 @@ def finish_tiles(axes, columns: int, rows: int, title: str) -> None:
 
 
 def plot_samples(path: Path, data: TrainingData, symbols: dict[str, str], count: int = 60) -> None:
-    """One training image each of up to sixty classes, the others left out evenly."""
+    """About sixty training images: equally many of each class, of many classes one each of sixty."""
     order = data.train_rows[np.argsort(data.targets[data.train_rows], kind="stable")]
     present, firsts = np.unique(data.targets[order], return_index=True)
     shown = np.unique(np.linspace(0, len(present) - 1, min(len(present), count)).round().astype(int))
-    rows = np.concatenate([order[firsts[place]:][:count // len(shown)] for place in shown])
+    bounds = np.append(firsts, len(order))
+    rows = np.concatenate([order[bounds[place]:bounds[place + 1]][:count // len(shown)] for place in shown])
     texts = symbol_texts([data.classes[number] for number in data.targets[rows]], symbols)
     plot_images(path, f"Training images of {len(shown)} of {len(data.classes)} classes",
                 data.dataset.batch(rows)[0][:, 0].cpu().numpy(), texts)
@@ -2085,30 +2098,28 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData
     targets = pd.Categorical(train_table.rows.label, categories=classes).codes.astype(np.int64)
     print(describe_classes(classes, targets))
     train_rows, val_rows = split_rows(targets, config)
-    if config.schedule == "plateau" and not len(val_rows):
-        raise UsageError(f"--schedule plateau needs validation rows, and no class has {SMALLEST_CLASS_TO_SPLIT} rows; "
-                         "take --schedule cosine")
-    config = complete_config(config, runtime, len(train_rows))
+    if (config.schedule == "plateau" or config.early_stopping) and not len(val_rows):
+        raise UsageError("--schedule plateau and --early-stopping need validation rows, and no class has "
+                         f"{SMALLEST_CLASS_TO_SPLIT} rows; leave them out")
+    asked, config = config.model, complete_config(config, runtime, len(train_rows))
+    summary = summarize_model(build_model(config, len(classes)), config)  # before all else: their size may not suit it
     statistics = look_at_images(train_table, config)
     train_images, test_images = load_all_images([train_table, test_table], config, statistics)
     dataset = MathSymbolDataset(train_images, targets, runtime, config.pin_memory)
     print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on, {len(test_table):,} to predict; "
-          f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels")
+          f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels\n"
+          f"model {config.model}{f' (auto: the choice for {runtime.device.type})' if asked == 'auto' else ''}\n"
+          f"{summary}")
     return (config, TrainingData(dataset, targets, classes, statistics, train_rows, val_rows), test_table,
             MathSymbolDataset(test_images, None, runtime, config.pin_memory))
 
 
 def run(config: Config, started: float) -> None:
     """Train, predict, write the submission."""
-    folder, asked = output_folder(config), config.model
-    runtime = start_runtime(config)
+    folder, runtime = output_folder(config), start_runtime(config)
     print(f"device {runtime.describe()}")
     symbols = read_symbols(config)
     config, data, test_table, test_dataset = prepare_data(config, runtime)
-    print(f"model {config.model}" + (f" (auto: the choice for {runtime.device.type})" if asked == "auto" else ""))
-    if config.pictures:
-        plot_class_distribution(folder / "class_distribution.png", data.classes, data.targets, symbols)
-        plot_samples(folder / "samples.png", data, symbols)
     seconds = seconds_to_train(config, data, len(test_table), runtime, started)
     history = fit(config, data, runtime, seconds)
     best = load_checkpoint(folder / config.model_file)
@@ -2121,12 +2132,15 @@ def run(config: Config, started: float) -> None:
         save_checkpoint(folder / config.model_file, best.model, config, data.classes, data.statistics, metrics)
     probabilities = ensemble_predict([best], [test_dataset], runtime)
     write_submission(folder / config.submission_file, test_table, probabilities, data.classes)
+    if judged:
+        write_probabilities(folder / "val_probabilities.npz", judged, data.classes)
+    write_run_record(folder / "run.json", config, runtime, best.metrics, started)
     if config.pictures:
+        plot_class_distribution(folder / "class_distribution.png", data.classes, data.targets, symbols)
+        plot_samples(folder / "samples.png", data, symbols)
         plot_curves(folder / "curves.png", history, best.metrics["epoch"])
     if judged:
         write_judgement(folder, "", judged, data.classes, symbols, config.pictures)
-        write_probabilities(folder / "val_probabilities.npz", judged, data.classes)
-    write_run_record(folder / "run.json", config, runtime, best.metrics, started)
     print(describe_result(config, best.metrics, history, started))
 
 
@@ -2137,14 +2151,15 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
     probabilities = ensemble_predict(members, datasets, runtime)
     write_submission(folder / config.submission_file, table, probabilities, members[0].classes)
-    print(f"wrote {folder / config.submission_file}: {len(table):,} rows, the mean of {len(members)} networks, "
-          f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")
+    what = "one network" if len(members) == 1 else f"the mean of {len(members)} networks"
+    print(f"wrote {folder / config.submission_file}: {len(table):,} rows, {what}, on {runtime.describe()}; "
+          f"{time.monotonic() - started:.1f} s")
 
 
 def evaluate_command(config: Config, checkpoints: list[str], started: float) -> None:
     """Loss and accuracy of one or more checkpoints, averaged, on the labelled rows of test_csv; with pictures."""
     folder, (members, runtime) = output_folder(config), load_members(config, checkpoints)
-    table, classes = open_table(config, test_name(config), "label", "test"), members[0].classes
+    table, classes = open_table(config, test_table_name(config), "label", "test"), members[0].classes
     unknown = table.rows.index[~table.rows.label.isin(classes)]
     if len(unknown):
         raise DataError(f"{table.path}, row {unknown[0]}: label {table.rows.label[unknown[0]]!r} is none of the "
@@ -2158,7 +2173,7 @@ def evaluate_command(config: Config, checkpoints: list[str], started: float) -> 
           f"accuracy {figures['val_accuracy']:.2%}, top 3 {figures['val_top3_accuracy']:.2%}, "
           f"per class {figures['val_class_accuracy']:.2%}")
     if len(classes) <= LARGEST_MATRIX:
-        for row in class_table(judged, classes).itertuples():
+        for row in class_table(judged, classes).query("images > 0").itertuples():
             print(f"  {row.label:>6} {row.accuracy:8.2%} of {row.images:,}")
     print(f"wrote evaluation_class_accuracy.csv{' and its pictures' if config.pictures else ''} in {folder.resolve()}; "
           f"{time.monotonic() - started:.1f} s")
@@ -2225,11 +2240,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: out of memory ({first_line(error)}); try half the --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; best_model.pth holds the best epoch so far, if one was finished", file=sys.stderr)
+        print(f"stopped; {config.model_file} holds the best epoch so far, if one was finished", file=sys.stderr)
         return 130
     return 0
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding does not
+    with contextlib.suppress(AttributeError):  # a notebook's output is no terminal
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding does not
     sys.exit(main())

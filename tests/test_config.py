@@ -82,7 +82,7 @@ def test_a_flag_goes_before_its_preset():
     (["--preset", "modern"], "invalid choice: 'modern'"),
     (["--train-val-split", "1.5"], "train_val_split must be from 0.01 to 1"),
     (["--train-val-split", "1", "--schedule", "plateau"], "plateau needs validation rows"),
-    (["train"], "unknown command train; the commands are run and predict"),
+    (["train"], "unknown command train; the commands are run, predict and evaluate"),
     (["run", "a.pth"], "script.py predict a.pth"),
     (["predict", "--learning-rate", "1"], "--learning-rate has no effect on predict"),
     (["--seed"], "expected one argument"),

@@ -58,9 +58,9 @@ def test_the_command_writes_table_and_picture(competition, command, main_in_proc
     assert confusions.main([str(command.output / "best_model.pth"), *paths]) == 0
     printed = capsys.readouterr().out
     assert "each group as one class" in printed and "| 101 1400 |" in printed
-    pairs = pd.read_csv(tmp_path / "confusions.csv", dtype={"label_a": str, "label_b": str})
+    pairs = pd.read_csv(tmp_path / "confused_pairs.csv", dtype={"label_a": str, "label_b": str})
     assert pairs.label_a.iloc[0] == "101" and pairs.label_b.iloc[0] == "1400" and pairs.told_apart.iloc[0] < 0.75
-    assert (np.asarray(Image.open(tmp_path / "confusions.png").convert("L")) < 128).any()
+    assert (np.asarray(Image.open(tmp_path / "confused_groups.png").convert("L")) < 128).any()
 
 
 def test_the_command_says_what_is_wrong(competition, command, main_in_process, tmp_path, capsys):

@@ -77,7 +77,11 @@ def test_recipes_follow_the_swept_model(arguments, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["--split-seed", "1,2"], "--split-seed holds for the whole sweep"),
+    (["--split-seed", "1,2"], "--split-seed cannot be swept over"),
+    (["--preset", "classic,digits-mlp"], "--preset cannot be swept over"),
+    (["--neighbours", "0,30"], "--neighbours has no part in a sweep"),
+    (["--no-pictures"], "--no-pictures has no part in a sweep"),
+    (["--learning-rate", "0.1", "--batch-size", "32"], "nothing is swept over"),
     (["--learning-rate", "0.1", "--train-val-split", "1"], "a sweep ranks by validation rows"),
 ])
 def test_what_cannot_be_swept_is_refused(arguments, flags, message, capsys):
@@ -89,3 +93,5 @@ def test_without_a_grid_rates_are_crossed_with_batch_sizes():
     fixed, grid = sweep.parse_grid(["--preset", "digits-mlp", "--milestones", "3,4"])
     assert fixed == ["--preset", "digits-mlp", "--milestones", "3,4"] and grid == sweep.DEFAULT_GRID
     assert len(grid["learning_rate"]) * len(grid["batch_size"]) == 25
+    assert sweep.parse_grid(["--batch-size", "64"]) == (["--batch-size", "64"],
+                                                        {"learning_rate": sweep.DEFAULT_GRID["learning_rate"]})

@@ -4,7 +4,7 @@
     python -m tools.confusions a.pth b.pth c.pth --data-dir competition --output-dir out
 
 Predicts the validation rows of the checkpoints' own split (several checkpoints are averaged), prints the groups of
-classes that are not told apart, and writes confusions.csv (every confused pair) and confusions.png (the groups, drawn).
+classes that are not told apart, and writes confused_pairs.csv (every confused pair) and confused_groups.png (the groups, drawn).
 
 The rule: of a class's rows that are predicted as it or as one other class, take the share that is right, with two hits
 added, so that a handful of rows proves nothing. Two classes are not told apart where the mean of their two shares is
@@ -144,13 +144,13 @@ def report(given: argparse.Namespace) -> None:
     print(f"accuracy {(predicted == targets).mean():.2%}; with each group as one class "
           f"{(groups[predicted] == groups[targets]).mean():.2%}; with groups found on the other half of the rows "
           f"{cross_fitted_accuracy(targets, predicted, len(classes), given.threshold):.2%}")
-    with script.whole_file(folder / "confusions.csv") as temporary:
+    with script.whole_file(folder / "confused_pairs.csv") as temporary:
         confused_pairs(counts, classes, symbols).to_csv(temporary, index=False)
     if found:
         names = [(f"{drawn}  " if drawn.startswith("$") else "") + symbols.get(label, label).replace("$", r"\$")
                  for label, drawn in zip(classes, script.symbol_texts(classes, symbols))]
-        plot_groups(folder / "confusions.png", found, counts, names, datasets[0].images.cpu().numpy(), targets)
-    print(f"wrote confusions.csv{' and confusions.png' if found else ''} in {folder.resolve()}")
+        plot_groups(folder / "confused_groups.png", found, counts, names, datasets[0].images.cpu().numpy(), targets)
+    print(f"wrote confused_pairs.csv{' and confused_groups.png' if found else ''} in {folder.resolve()}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoints", type=Path, nargs="+", help="checkpoints of script.py; several are averaged")
     parser.add_argument("--data-dir", default=".", help="folder of the table that they were trained on")
     parser.add_argument("--cache-dir", default="", help="folder of the decoded images, as for script.py")
-    parser.add_argument("--output-dir", default=".", help="folder of confusions.csv and confusions.png")
+    parser.add_argument("--output-dir", default=".", help="folder of confused_pairs.csv and confused_groups.png")
     parser.add_argument("--threshold", type=float, default=0.75, help="share below which two classes are one (0.75)")
     try:
         report(parser.parse_args(argv))

@@ -31,6 +31,7 @@ PICTURES = [
     ("calibration.png", "Calibration"), ("predictions.png", "Predictions"), ("samples.png", "Training images"),
     ("class_distribution.png", "Class sizes"),
 ]
+OWN = ("mistakes.png", "calibration.png")
 STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
          "img{max-width:100%}table{border-collapse:collapse;font-size:14px}td,th{padding:2px 12px;text-align:right;"
          "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}h2{margin-top:2em}"
@@ -114,7 +115,7 @@ def page(folder: Path, record: dict, error: float) -> str:
              f'<p class="figures">{figures}, loss {metrics["val_loss"]:.4f}, calibration error {error:.2%}</p>',
              "<p>Figures of the validation rows, which also chose the epoch.</p>"]
     for name, title in PICTURES:
-        if (folder / name).exists():
+        if name in OWN or (config["pictures"] and (folder / name).exists()):  # else an earlier run's may lie there
             parts += [f"<h2>{title}</h2>", embedded(folder / name)]
     for title, table in (("Epochs", history), ("Settings that are not the default", settings), ("The run", facts),
                          ("Classes, the worst first", classes.sort_values("accuracy"))):
@@ -137,6 +138,8 @@ def main(argv: list[str] | None = None) -> int:
         except (OSError, ValueError, KeyError) as error:
             raise script.DataError(f"{given.folder / 'run.json'}: no record of a run ({script.first_line(error)}); "
                                    "name the output folder of a finished run") from None
+        if "val_accuracy" not in record["metrics"]:
+            raise script.DataError(f"{given.folder}: the run had no validation rows: there is nothing to report")
         moved = {name: getattr(given, name) for name in ("data_dir", "cache_dir") if getattr(given, name)}
         config = dataclasses.replace(config, device="cpu", **moved)
         judged, classes = read_judgement(given.folder, config)
@@ -147,6 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     except script.DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:
+        print(f"error: {error.filename or given.folder}: {error.strerror or error}", file=sys.stderr)
+        return 1
     print(f"wrote report.html, mistakes.png and calibration.png in {given.folder.resolve()}")
     return 0
 

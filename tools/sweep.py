@@ -4,9 +4,10 @@
     python -m tools.sweep --data-dir COMPETITION --learning-rate 0.001,0.01 --batch-size 32,64 --sweep-dir sweep
 
 Every flag is one of script.py's; one with commas in it is swept over, all others hold for every cell. Without any, the
-rates 0.001, 0.01, 0.1, 0.5, 1.0 are crossed with batches of 32, 64, 128, 256, 512. The data is read once and stays in
-memory. A cell that is in sweep.csv is not trained again, so a sweep that was stopped goes on where it was; one whose
-settings or training table changed is refused. A cell that diverges is a row too. Writes into --sweep-dir
+rates 0.001, 0.01, 0.1, 0.5, 1.0 are crossed with batches of 32, 64, 128, 256, 512, but for what a flag says. The data
+is read once and stays in memory, at the largest size that a cell sees. A cell that is in sweep.csv is not trained
+again, so a sweep that was stopped goes on where it was; one whose settings or training table changed is refused. A cell
+that diverges is a row too. Writes into --sweep-dir
 
     sweep.csv     a row a cell: its settings, the last epoch's figures, its seconds, and what went wrong
     history.csv   a row an epoch of each cell
@@ -29,42 +30,51 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
 import script
 
 DEFAULT_GRID = {"learning_rate": [0.001, 0.01, 0.1, 0.5, 1.0], "batch_size": [32, 64, 128, 256, 512]}
 # What the data was read or split by holds for all cells, since it is read once.
-FIXED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "output_dir", "train_val_split", "split_seed",
-         "device", "precision", "max_minutes"}
+FIXED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "train_val_split", "split_seed", "device",
+         "precision"}
+# What `run` does around the training has no part in a sweep.
+IDLE = {"output_dir", "model_file", "submission_file", "pictures", "tensorboard", "max_minutes", "neighbours",
+        "neighbour_share"}
+HISTORY = ["last_rate" if name == "learning_rate" else name for name in script.HISTORY_COLUMNS]
 FIGURES = ["train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top3_accuracy", "val_class_accuracy"]
 
 
 def parse_grid(argv: list[str]) -> tuple[list[str], dict[str, list]]:
     """The flags that hold for every cell, and the values of each that is swept over, as Config has them."""
-    fixed, grid = [], {}
-    for flag, text in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-        name = flag.removeprefix("--").replace("-", "_").split("=")[0]
-        text = flag.split("=", 1)[1] if "=" in flag else text
-        if flag.startswith("--") and name != "milestones" and "," in text and not text.startswith("--"):
-            parsed = [script.parse_command_line([f"--{name.replace('_', '-')}", value.strip()])[2]
-                      for value in text.split(",")]
-            if name in FIXED:
-                raise script.UsageError(f"--{name.replace('_', '-')} holds for the whole sweep: name one")
-            grid[name] = [getattr(config, name) for config in parsed]
-    skip = False
-    for flag in argv:
-        swept = flag.startswith("--") and flag.removeprefix("--").replace("-", "_").split("=")[0] in grid
-        if not swept and not skip:
-            fixed.append(flag)
-        skip = swept and "=" not in flag
-    return fixed, grid or DEFAULT_GRID
+    fixed, grid, words = [], {}, list(argv)
+    kinds = {field.name: field.type for field in dataclasses.fields(script.Config)}
+    while words:
+        flag, equals, text = words.pop(0).partition("=")
+        if not equals and words and not words[0].startswith("--"):
+            text = words.pop(0)
+        name = flag.removeprefix("--").replace("-", "_")
+        if name in IDLE or (name.startswith("no_") and name[3:] in IDLE):
+            raise script.UsageError(f"{flag} has no part in a sweep: leave it out")
+        if "," not in text or name == "milestones":
+            fixed += [flag, text] if text else [flag]
+        elif name in FIXED or name not in kinds or kinds[name] is bool:
+            raise script.UsageError(f"{flag} cannot be swept over: name one value, which holds for every cell")
+        else:
+            values = [script.parse_command_line([flag, value.strip()])[2] for value in text.split(",")]
+            grid[name] = [getattr(config, name) for config in values]
+    named = {flag.removeprefix("--").replace("-", "_") for flag in fixed}
+    grid = grid or {name: values for name, values in DEFAULT_GRID.items() if name not in named}
+    if not grid:
+        raise script.UsageError("nothing is swept over: give a flag several values with commas between them")
+    return fixed, grid
 
 
 def identity(config: script.Config, grid: dict[str, list], data: script.TrainingData) -> str:
     """What a sweep's rows have in common: the settings of every cell but where it lies, and the training table."""
     settings = {name: value for name, value in dataclasses.asdict(config).items()
                 if name not in (*grid, "output_dir", "cache_dir", "data_dir", "num_workers", "pictures")}
-    table = [len(data.targets), data.classes, int(data.dataset.images.long().sum()), int(data.targets.sum())]
+    table = [len(data.targets), data.classes, int(data.dataset.images.sum()), int(data.targets.sum())]
     return json.dumps([settings, grid, table], sort_keys=True)
 
 
@@ -95,13 +105,13 @@ def sweep(given: script.Config, grid: dict[str, list], folder: Path) -> pd.DataF
     """Train the cells that are not there yet; gives all rows of sweep.csv."""
     runtime = script.start_runtime(given)
     folder.mkdir(parents=True, exist_ok=True)
-    largest = {"image_size": max(grid["image_size"])} if "image_size" in grid else {}
-    config, data, *_ = script.prepare_data(dataclasses.replace(given, **largest), runtime)
+    cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    sizes = [script.complete_config(dataclasses.replace(given, **cell), runtime, 1).image_size for cell in cells]
+    config, data, *_ = script.prepare_data(dataclasses.replace(given, image_size=max(sizes)), runtime)
     same = identity(config, grid, data)
     rows, histories = finished_cells(folder, same)
     with script.whole_file(folder / "sweep.json") as temporary:
         temporary.write_text(same)
-    cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     for number, cell in enumerate(cells, start=1):
         if any(all(row[name] == value for name, value in cell.items()) for row in rows):
             continue
@@ -109,13 +119,13 @@ def sweep(given: script.Config, grid: dict[str, list], folder: Path) -> pd.DataF
         try:
             full = script.complete_config(dataclasses.replace(given, **cell), runtime, len(data.train_rows))
             history = train_cell(full, data, runtime)
-        except script.DataError as error:  # what diverges, and what does not fit together
-            fault = str(error)
+        except (script.DataError, torch.OutOfMemoryError) as error:  # it diverges, or its settings do not go together
+            fault = script.first_line(error)
         last = history.iloc[-1] if len(history) else dict.fromkeys(FIGURES, np.nan)
         rows.append({**cell, **{name: last[name] for name in FIGURES}, "epochs": len(history),
                      "seconds": round(time.monotonic() - started, 2), "fault": fault})
-        histories += history.assign(**cell).to_dict("records")
-        write_table(folder / "history.csv", histories, [*grid, *script.HISTORY_COLUMNS])
+        histories += history.rename(columns={"learning_rate": "last_rate"}).assign(**cell).to_dict("records")
+        write_table(folder / "history.csv", histories, [*grid, *HISTORY])
         write_table(folder / "sweep.csv", rows, [*grid, *FIGURES, "epochs", "seconds", "fault"])  # now the cell counts
         print(f"{number:>3}/{len(cells)}  {describe(cell)}  " + (fault or f"validation accuracy "
               f"{last['val_accuracy']:.2%} loss {last['val_loss']:.4f}  {rows[-1]['seconds']:.1f} s"), flush=True)
@@ -205,6 +215,9 @@ def main(argv: list[str] | None = None) -> int:
     except script.DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
+    except OSError as error:  # a full disk, a folder that cannot be written to
+        print(f"error: {error.filename or given.sweep_dir}: {error.strerror or error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on with the next cell", file=sys.stderr)
         return 130
