@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import pandas as pd
 import pytest
@@ -110,8 +111,12 @@ def test_a_folder_in_the_place_of_an_output_is_refused_first(main_in_process, co
     (["--device", "cuda:77"], "--device cuda:77 does not work here"),
     (["--max-minutes", "0.01"], "--max-minutes 0.01 leaves no time to train"),
     (["--precision", "fp16"], "--precision fp16 trains on a GPU only"),
+    (["--model", "torchvision:alexnet", "--max-minutes", "5"], "cannot take images of 16 pixels"),
+    (["--model", "torchvision:vit_b_16", "--image-size", "28"], "cannot take images of 28 pixels"),
+    (["--tensorboard", "--model", "mlp"], "pip install tensorboard"),
 ])
-def test_settings_that_cannot_be_used_here_are_usage_errors(main_in_process, arguments, message):
+def test_settings_that_cannot_be_used_here_are_usage_errors(main_in_process, arguments, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
     status, _, error = main_in_process(*QUICK, *arguments)
     assert status == 2 and message in error and len(error.splitlines()) == 1
 
@@ -119,8 +124,9 @@ def test_settings_that_cannot_be_used_here_are_usage_errors(main_in_process, arg
 def test_plateau_without_validation_rows_is_refused(main_in_process, command):
     table = pd.read_csv(command.data / "train.csv", dtype=str).head(10)  # two of each class
     table.to_csv(command.data / "train.csv", index=False)
-    status, _, error = main_in_process(*QUICK, "--schedule", "plateau")
-    assert status == 2 and "plateau needs validation rows" in error
+    for flags in (["--schedule", "plateau"], ["--early-stopping", "2"]):
+        status, _, error = main_in_process(*QUICK, *flags)
+        assert status == 2 and "--schedule plateau and --early-stopping need validation rows" in error
 
 
 def test_running_out_of_memory_is_one_line(main_in_process, monkeypatch):

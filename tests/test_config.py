@@ -108,6 +108,8 @@ def test_recipes_complete_what_is_left_open():
     assert config.model == "cnn" and config.batch_size == 50
     assert config.num_epochs == script.RECIPES["cnn"]["num_epochs"]
     assert None not in dataclasses.asdict(config).values() and config.precision in ("bf16", "float32")
+    slow = script.complete_config(Config(batch_size=50, min_steps=100, accumulate=2), runtime, 500)
+    assert slow.num_epochs == 20  # ten batches, five steps of the optimizer
     small = script.complete_config(Config(batch_size=50, min_steps=100), runtime, 500)
     assert small.num_epochs == 10  # of ten steps
     assert script.complete_config(Config(model="resnet", num_epochs=1), runtime, 10).num_epochs == 1

@@ -98,6 +98,31 @@ def test_an_image_too_small_for_a_network_is_one_line():
         script.summarize_model(script.build_model(config, 5), config)
 
 
+def test_a_size_that_is_no_multiple_of_a_transformers_patch_is_one_line():
+    with pytest.raises(script.UsageError, match=r"torchvision:vit_b_16 cannot take images of 28 pixels .*--image-size"):
+        script.build_model(Config(model="torchvision:vit_b_16", image_size=28, dropout=0.0), 5)
+
+
+def test_weights_with_auxiliary_branches_are_taken_over(tmp_path):
+    import torchvision
+
+    network = torchvision.models.googlenet(aux_logits=True, init_weights=False)
+    torch.save(network.state_dict(), tmp_path / "googlenet.pth")
+    config = Config(model="torchvision:googlenet", image_size=64, dropout=0.0, weights=str(tmp_path / "googlenet.pth"))
+    model = script.build_model(config, 5)
+    script.load_weights(model, config, list("abcde"))
+    assert torch.equal(model.body.inception5b.branch1.conv.weight, network.inception5b.branch1.conv.weight)
+
+
+def test_weights_of_another_kind_say_what_does_not_fit(tmp_path):
+    torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "a.pth")
+    own, other = (Config(model=name, image_size=32, dropout=0.0, weights=str(tmp_path / "a.pth"))
+                  for name in ("cnn", "torchvision:resnet18"))
+    for config, message in ((own, "it is no checkpoint of script.py"), (other, "Missing key")):
+        with pytest.raises(script.DataError, match=message):
+            script.load_weights(script.build_model(config, 5), config, list("abcde"))
+
+
 def test_a_network_without_a_last_linear_layer_is_refused():
     with pytest.raises(script.UsageError, match="squeezenet1_0 has no last linear layer"):
         script.build_model(Config(model="torchvision:squeezenet1_0", image_size=64, dropout=0.0), 5)

@@ -1,5 +1,6 @@
 """Room 10: what is drawn, from a few classes to many. A picture is judged by the colours that it must hold."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -106,4 +107,9 @@ def test_samples_show_every_class_or_sixty(tmp_path, classes, monkeypatch):
     labels = [str(number) for number in range(classes)]
     data = script.TrainingData(images, targets, labels, ImageStatistics(255, 8), np.arange(800), np.arange(0))
     script.plot_samples(tmp_path / "a.png", data, {})
+    if classes == 2:  # a rare class is not filled up with the next one's images
+        rare = dataclasses.replace(data, train_rows=np.r_[0:8:2, 1:800:2])
+        script.plot_samples(tmp_path / "a.png", rare, {})
+        assert shown[60:].count("0") == 4 and shown[60:].count("1") == 30
+        del shown[60:]
     assert len(shown) == 60 and len(set(shown)) == min(classes, 60) and shown[0] == "0" and shown[-1] == labels[-1]

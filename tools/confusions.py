@@ -4,7 +4,7 @@
     python -m tools.confusions a.pth b.pth c.pth --data-dir competition --output-dir out
 
 Predicts the validation rows of the checkpoints' own split (several checkpoints are averaged), prints the groups of
-classes that are not told apart, and writes confused_pairs.csv (every confused pair) and confused_groups.png (the groups, drawn).
+classes that are not told apart, and writes confused_pairs.csv (every one) and confused_groups.png (drawn).
 
 The rule: of a class's rows that are predicted as it or as one other class, take the share that is right, with two hits
 added, so that a handful of rows proves nothing. Two classes are not told apart where the mean of their two shares is
