@@ -4,9 +4,9 @@
 
 Runs the real command in a process of its own, with a cache folder of its own, and reads its lines as they appear, so
 everything counts: importing, decoding, training and each epoch's validation. A mark counts when the epoch's line that
-first reaches it is printed. Prints the command's own lines, each with its second, then the seconds to 80 and 85 %, the
-part of them spent in epochs, and the time of the whole command. Checkpoint and submission go to `--output-dir`, or are
-deleted where it is not given.
+first reaches it is printed. Prints the command's own lines, each with its second, then the seconds to 80 and 85 % (or
+to other `--marks`), the part of them spent in epochs, and the time of the whole command. Checkpoint and submission go
+to `--output-dir`, or are deleted where it is not given.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 EPOCH = re.compile(r"^epoch .* val loss .*? accuracy +([0-9.]+)%.* ([0-9.]+) s  ")
-MARKS = (80.0, 85.0)
 
 
 def watch(command: list[str]) -> tuple[list[tuple[float, float, float]], float, int]:
@@ -39,15 +38,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--output-dir", default="")
+    parser.add_argument("--marks", type=float, nargs="+", default=[80.0, 85.0], help="accuracies in percent")
     given, flags = parser.parse_known_args()
     script = Path(__file__).resolve().parent.parent / "script.py"
     with tempfile.TemporaryDirectory() as folder:
         epochs, whole, status = watch([
             sys.executable, "-u", str(script), "--data-dir", given.data_dir, "--cache-dir", f"{folder}/cache",
             "--output-dir", given.output_dir or f"{folder}/out", *flags])
-    for mark in MARKS:
+    for mark in given.marks:
         reached = next((epoch for epoch in epochs if epoch[2] >= mark), None)
-        print(f"{mark:.0f} %: " + (f"{reached[0]:.0f} s from the start, {reached[1]:.0f} s of them in epochs"
+        print(f"{mark:g} %: " + (f"{reached[0]:.0f} s from the start, {reached[1]:.0f} s of them in epochs"
                                    if reached else "not reached"))
     print(f"whole command: {whole:.0f} s, last epoch {epochs[-1][2] if epochs else float('nan'):.2f} %")
     sys.exit(status)

@@ -1,0 +1,78 @@
+"""Accuracy of a digit recipe on labelled rows that were held out from training and from every choice.
+
+    python -m benchmarks.digits --data-dir DIGITS --preset digits-tiny --seeds 0 1 2 [any flag of script.py]
+
+Sets 10,000 of the labelled rows aside, stratified and the same ones in every run, and hands the others to the real
+command, once for each seed; what it keeps of them for validation is its own affair. Then `script.py evaluate` judges
+the held-out rows, each network alone and, of several, their mean. Prints a row for each: accuracy, errors, loss, and
+the seconds of the whole training command.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import train_test_split
+
+HELD_OUT = 10_000
+SCRIPT = Path(__file__).resolve().parent.parent / "script.py"
+FIGURES = re.compile(r"loss ([0-9.]+), accuracy ([0-9.]+)%")
+
+
+def hold_out(data: Path, folder: Path, count: int) -> tuple[Path, Path]:
+    """Write the labelled rows as two tables: to train on, and `count` to judge by."""
+    table = pd.read_csv(data / "train.csv", dtype=str, na_filter=False)
+    train, held = train_test_split(table, test_size=count, random_state=0, stratify=table.label)
+    paths = folder / "train.csv", folder / "held_out.csv"
+    for path, part in zip(paths, (train, held)):
+        part.sort_index().to_csv(path, index=False)
+    return paths
+
+
+def command(*words: object) -> str:
+    """Run script.py; gives what it printed, and stops the benchmark where it fails."""
+    done = subprocess.run([sys.executable, str(SCRIPT), *map(str, words)], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        sys.exit(done.returncode)
+    return done.stdout
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--cache-dir", default="")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--held-out", type=int, default=HELD_OUT)
+    given, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train, held = hold_out(given.data_dir, folder, given.held_out)
+        where = ["--data-dir", given.data_dir, "--cache-dir", given.cache_dir or folder / "cache", "--no-pictures"]
+
+        def judge(title: str, checkpoints: list[Path], seconds: float) -> float:
+            text = command("evaluate", *checkpoints, *where, "--test-csv", held, "--output-dir", folder / "judged")
+            loss, accuracy = map(float, FIGURES.search(text).groups())
+            errors = round(given.held_out * (100 - accuracy) / 100)
+            print(f"| {title} | {accuracy:.2f} | {errors} | {loss:.4f} | {seconds:.0f} |", flush=True)
+            return accuracy
+
+        print("| network | accuracy | errors | loss | seconds |\n|---|--:|--:|--:|--:|", flush=True)
+        accuracies, checkpoints = [], []
+        for seed in given.seeds:
+            started, output = time.perf_counter(), folder / f"seed{seed}"
+            command(*where, "--train-csv", train, "--output-dir", output, "--seed", seed, *flags)
+            checkpoints.append(output / "best_model.pth")
+            accuracies.append(judge(f"seed {seed}", checkpoints[-1:], time.perf_counter() - started))
+        if len(checkpoints) > 1:
+            print(f"| mean | {np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f} | | | |")
+            judge("their probabilities averaged", checkpoints, 0)
+
+
+if __name__ == "__main__":
+    main()
