@@ -81,7 +81,8 @@ def test_ensemble_prints_each_network_and_the_mean(trained):
     ("growth", ["--sizes", "300", "900", "--steps", "5"], r"\| 900 \| [0-9.]+ \| \d+ \|"),
     ("data_path", [], "."),
     ("memory", QUICK, r"peak [0-9.]+ GB"),
-    ("digits", ["--held-out", "50", "--seeds", "0", "1", "--model", "mlp", *QUICK], r"probabilities averaged \| [0-9.]+"),
+    ("digits", ["--held-out", "50", "--seeds", "0", "1", "--model", "mlp", *QUICK],
+     r"probabilities averaged \| [0-9.]+"),
 ])
 def test_a_benchmark_runs_to_its_end(trained, name, arguments, expected):
     data, cache, _ = trained
