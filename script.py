@@ -1279,10 +1279,7 @@ def torchvision_model(name: str, num_classes: int, dropout: float, image_size: i
     if not last or not places[nn.Conv2d]:
         raise UsageError(f"--model torchvision:{name} has no last linear layer to be replaced; take another")
     colours, old = network.get_submodule(places[nn.Conv2d][0]), network.get_submodule(last[-1])
-    grey = nn.Conv2d(1, colours.out_channels, colours.kernel_size, colours.stride, colours.padding,
-                     bias=colours.bias is not None)
-    grey.load_state_dict({**colours.state_dict(), "weight": colours.weight.detach().sum(dim=1, keepdim=True)})
-    network.set_submodule(places[nn.Conv2d][0], grey)
+    colours.in_channels, colours.weight = 1, nn.Parameter(colours.weight.detach().sum(dim=1, keepdim=True))
     network.set_submodule(last[-1], nn.Identity())
     head = nn.Sequential(nn.Dropout(dropout), nn.Linear(old.in_features, num_classes))
     return nn.Sequential(OrderedDict(body=network, head=head))
