@@ -222,7 +222,7 @@ PRESETS = {
     },
     "digits-mlp": PLAIN | {
         "model": "mlp", "optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.01, "batch_size": 64, "num_epochs": 3,
-        "augment": False, "normalize": "min-max", "train_val_split": 0.8, "split_seed": 42,
+        "augment": False, "normalize": "min-max", "train_val_split": 0.8, "split_seed": 42, "precision": "float32",
     },
     "digits-tiny": {
         "model": "tiny", "batch_size": 128, "learning_rate": 1e-2, "num_epochs": 20, "label_smoothing": 0.0,
@@ -2001,6 +2001,8 @@ def plot_curves(path: Path, history: pd.DataFrame, kept: int) -> None:
         axes.legend()
     panels[2].plot(history.epoch, history.learning_rate, "o-", color="#228833")
     panels[2].set(title="learning rate at the epoch's end", xlabel="epoch", yscale="log")
+    for axes in panels:
+        axes.xaxis.get_major_locator().set_params(integer=True)
     save_figure(path, figure)
 
 
@@ -2042,15 +2044,17 @@ def plot_confused_pairs(path: Path, judged: Judged, names: list[str], pairs: int
         if len(like):
             draw_tile(axes, judged.images(like[:1])[0], column + 1, row, names[predicted], "#4477aa")
         axes.text(1.2 * column + 2.3, 1.5 * row + 0.5, f"{count} of\n{totals[true]}", va="center", fontsize=9)
-    finish_tiles(axes, 12, rows, f"The {len(common)} commonest confusions of {len(judged.targets):,} images: one that "
-                                 "was mistaken (red), and one of the class that it was taken for (blue)")
+    among = f"among {len(judged.targets):,} images"
+    finish_tiles(axes, 12, rows, f"The commonest confusions {among}: one that was mistaken (red), and one of the class "
+                                 "that it was taken for (blue)" if len(common) else f"No confusion {among}")
     save_figure(path, figure)
 
 
 def plot_class_accuracy(path: Path, table: pd.DataFrame, names: list[str]) -> None:
     """The classes' accuracies: of a few each one, of many how they are spread and the forty with most mistakes."""
     table = table.assign(name=names, mistakes=table.images * (1 - table.accuracy))[table.images > 0]
-    worst = table.nlargest(40, "mistakes").sort_values("accuracy")
+    mistaken = table[table.mistakes > 0]
+    worst = (table if len(table) <= 40 or mistaken.empty else mistaken).nlargest(40, "mistakes").sort_values("accuracy")
     figure, (left, right) = new_figure(15, 5, 2)
     left.hist(100 * table.accuracy, bins=np.linspace(0, 100, 41), color="#4477aa")
     left.set(title=f"{len(table)} classes, mean {table.accuracy.mean():.2%}", xlabel="accuracy of a class in %",

@@ -88,7 +88,7 @@ def plot_mistakes(path: Path, judged: script.Judged, names: list[str], count: in
     chosen = wrong[np.argsort(-judged.probabilities[wrong].max(axis=1), kind="stable")][:count]
     texts = [f"{names[judged.predicted[place]]} {judged.probabilities[place].max():.0%}, not "
              f"{names[judged.targets[place]]}" for place in chosen]
-    title = f"The surest {len(chosen)} of {len(wrong):,} mistakes" if len(wrong) else "There are no mistakes"
+    title = f"{len(chosen)} of {len(wrong):,} mistakes, the surest first" if len(wrong) else "There are no mistakes"
     script.plot_images(path, title, judged.images(chosen), texts, ["#cc3311"] * len(chosen))
 
 

@@ -154,6 +154,7 @@ def plot_histories(path: Path, histories: pd.DataFrame, grid: dict[str, list]) -
                       color=palette(place / max(len(grid[names[0]]) - 1, 1)), label=describe(dict(zip(names, values))))
         kind, what = column.split("_")
         axes.set(title=f"{'training' if kind == 'train' else 'validation'} {what}", xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         if what == "loss" and histories[column].max() > 10 * max(histories[column].min(), 1e-6):
             axes.set_yscale("log")
     handles, labels = axes.get_legend_handles_labels()
