@@ -49,6 +49,7 @@ import types
 import typing
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,7 +179,7 @@ LIMITS = {
     "neighbour_share": (0, 0.99), "num_workers": (-1, 1024),
 }
 
-# What "auto" stands for, by model: the best seen on validation rows (benchmarks/RESULTS.md), the other nets' usual.
+# What "auto" stands for, by model: the best seen on validation rows for the cnn (benchmarks/RESULTS.md), else untuned.
 RECIPES = {
     "resnet": {"image_size": 48, "batch_size": 256, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.2},
     "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.3},
@@ -224,11 +225,8 @@ PRESETS = {
         "model": "mlp", "optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.01, "batch_size": 64, "num_epochs": 3,
         "augment": False, "normalize": "min-max", "train_val_split": 0.8, "split_seed": 42, "precision": "float32",
     },
-    "digits-tiny": {
-        "model": "tiny", "batch_size": 128, "learning_rate": 1e-2, "num_epochs": 20, "label_smoothing": 0.0,
-        "neighbours": 0, "weight_decay": 1e-4, "elastic": 0.03,
-    },
-    "digits-best": {"model": "cnn", "image_size": 32, "num_epochs": 15},
+    "digits-tiny": {"model": "tiny", "label_smoothing": 0.0, "neighbours": 0, "weight_decay": 1e-4, "elastic": 0.03},
+    "digits-best": {"model": "cnn", "num_epochs": 15},
 }
 
 # The settings that `predict` takes from the command line; all others are the checkpoint's.
@@ -560,11 +558,8 @@ def pixel_table(path: Path, header: pd.Index, column: str) -> Table:
 
     Rows to predict count from 1 where they have no ids. Raises DataError naming the file, the row and the remedy.
     """
-    names = sorted(header[header.str.fullmatch(PIXEL)], key=lambda name: int(name[5:]))
+    names = pixel_names(path, header)
     side = math.isqrt(len(names))
-    if names != [f"pixel{number}" for number in range(side * side)]:
-        raise DataError(f"{path}: {len(names)} pixel columns, {names[0]} to {names[-1]}, are no square image; one of "
-                        f"{side} x {side} has pixel0 to pixel{side * side - 1}, each once")
     ids = next((name for name in ("example_id", "ImageId") if name in header), None)
     texts = ["label"] if column == "label" else [ids] if ids else []
     check_columns(path, header, tuple(texts))
@@ -583,6 +578,16 @@ def pixel_table(path: Path, header: pd.Index, column: str) -> Table:
         raise DataError(pixel_fault(path, header))
     return Table(str(path), rows, pixels.astype(np.uint8).reshape(-1, side, side),
                  ("example_id", "label") if ids == "example_id" else ("ImageId", "Label"))
+
+
+def pixel_names(path: Path, header: pd.Index) -> list[str]:
+    """The pixel columns in the image's order. Raises DataError where they are not those of a square image."""
+    names = sorted(header[header.str.fullmatch(PIXEL)], key=lambda name: int(name[5:]))
+    side = math.isqrt(len(names))
+    if names != [f"pixel{number}" for number in range(side * side)]:
+        raise DataError(f"{path}: {len(names)} pixel columns, {names[0]} to {names[-1]}, are no square image; one of "
+                        f"{side} x {side} has pixel0 to pixel{side * side - 1}, each once")
+    return names
 
 
 def pixel_fault(path: Path, header: pd.Index) -> str:
@@ -788,7 +793,7 @@ def look_at_images(table: Table, config: Config) -> ImageStatistics:
 
     Stored are the images' own pixels, or image_size where they have more than the network will see.
     """
-    papers, sides, image_size = [], [], config.image_size
+    papers, sides = [], []
     for place in range(0, len(table), math.ceil(len(table) / 256)):
         try:
             grey, alpha = (table.pixels[place], None) if table.pixels is not None else read_grey(
@@ -798,8 +803,8 @@ def look_at_images(table: Table, config: Config) -> ImageStatistics:
         except Exception:  # named with its row when all images are decoded
             continue
     if not papers:
-        return ImageStatistics(255, image_size)
-    return ImageStatistics(255 if np.mean(papers) > 127 else 0, min(max(sides), image_size))
+        return ImageStatistics(255, config.image_size)
+    return ImageStatistics(255 if np.mean(papers) > 127 else 0, min(max(sides), config.image_size))
 
 
 def decode_image(statistics: ImageStatistics, path: str) -> bytes | str:
@@ -1227,21 +1232,6 @@ class Normalize(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.offset) / self.scale
 
-    def measure(self, data: "TrainingData", config: Config) -> None:
-        """Set both from the training images: their mean and deviation, or each pixel's least value and range."""
-        count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
-        for rows in np.array_split(data.train_rows, math.ceil(len(data.train_rows) / 1024)):
-            ink = to_input(data.dataset.batch(rows)[0], config).cpu()  # Apple's GPU has no float64
-            count, total = count + ink.numel(), total + ink.double().sum()
-            squares = squares + ink.double().square().sum()
-            low = ink.amin(dim=0, keepdim=True).clamp(max=low)
-            high = ink.amax(dim=0, keepdim=True).clamp(min=high)
-        if config.normalize == "standard":
-            low = total / count
-            high = low + (squares / count - low**2).clamp(min=0).sqrt()
-        self.offset.copy_(low)
-        self.scale.copy_((high - low).where(high > low, 1.0))  # a pixel that never changes tells nothing
-
 
 MODELS = {"resnet": ResNetMathSymbol, "cnn": MathSymbolCNN, "digit-cnn": DigitCNN, "mlp": DigitMLP, "tiny": TinyCNN}
 
@@ -1299,56 +1289,6 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
         return model
     side = config.image_size if config.normalize == "min-max" else 1
     return nn.Sequential(OrderedDict([("normalize", Normalize(1, 1, side, side)), *model.named_children()]))
-
-
-def start_model(config: Config, data: "TrainingData", runtime: Runtime) -> nn.Module:
-    """The network to train, on the device: with the weights to start from, and normalisation measured."""
-    model = build_model(config, len(data.classes))
-    if config.weights:
-        load_weights(model, config, data.classes)
-    model = runtime.place(model)
-    if config.normalize != "none":
-        model.normalize.measure(data, config)
-    return model
-
-
-def load_weights(model: nn.Module, config: Config, classes: list[str]) -> None:
-    """Start from `weights`: those of a checkpoint of ours, of torchvision's download, or of a file of its own.
-
-    The last layer is taken over where the classes are the same. Raises DataError where they cannot be used.
-    """
-    name, ours = config.model.removeprefix("torchvision:"), config.model in MODELS
-    remedy = ("name a checkpoint of this model with --weights FILE" if ours else
-              f"name a file with torchvision's weights of {name} with --weights FILE (as they are at "
-              f"download.pytorch.org/models), or let --weights torchvision download them where there is a network")
-    if config.weights == "torchvision" and ours:
-        raise UsageError(f"--weights torchvision: torchvision has none for --model {config.model}; {remedy}")
-    try:
-        if config.weights == "torchvision":
-            import torchvision
-
-            state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
-        else:
-            state = torch.load(config.weights, map_location="cpu", weights_only=True)
-        if "classes" in state:  # a checkpoint of ours
-            same = state["classes"] == classes
-            state = {key: value for key, value in state["model"].items()
-                     if (same or not key.startswith("head.")) and not key.startswith("normalize.")}
-        elif ours:
-            raise ValueError("it is no checkpoint of script.py")
-        else:
-            other = torchvision_model(name, len(classes), config.dropout, config.image_size, state)
-            state = {key: value for key, value in other.state_dict().items() if key.startswith("body.")}
-        own = model.state_dict()
-        others = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
-        others += [key for key in own if key not in state and not key.startswith(("head.", "normalize."))]
-        if others:
-            raise ValueError(f"it is of another network, with another {others[0]}")
-        model.load_state_dict(state, strict=False)
-    except Exception as error:  # urllib, pickle and torch each raise their own
-        fault = " ".join(str(error).split()[:40])  # torch names the layer that does not fit in a second line
-        raise DataError(f"--weights {config.weights}: cannot be used ({type(error).__name__}: {fault}); "
-                        f"{remedy}") from None
 
 
 def summarize_model(model: nn.Module, config: Config) -> str:
@@ -1442,6 +1382,49 @@ def load_checkpoint(path: Path) -> Trained:
                         "train again, or name another") from None
 
 
+def read_weights(config: Config, classes: list[str]) -> dict[str, Tensor]:
+    """What `weights` names: of a checkpoint of ours, of torchvision's download, or of a file of torchvision's.
+
+    Without the last layer where the classes are others, and without normalisation, which is measured.
+    """
+    name = config.model.removeprefix("torchvision:")
+    if config.weights == "torchvision":
+        import torchvision
+
+        state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+    else:
+        state = torch.load(config.weights, map_location="cpu", weights_only=True)
+    if "classes" in state:  # a checkpoint of ours
+        left_out = ("normalize.",) if state["classes"] == classes else ("normalize.", "head.")
+        return {key: value for key, value in state["model"].items() if not key.startswith(left_out)}
+    if config.model in MODELS:
+        raise ValueError("it is no checkpoint of script.py")
+    network = torchvision_model(name, len(classes), config.dropout, config.image_size, state)
+    return {key: value for key, value in network.state_dict().items() if key.startswith("body.")}
+
+
+def load_weights(model: nn.Module, config: Config, classes: list[str]) -> None:
+    """Start a network from `weights`. Raises DataError, with every remedy, where they cannot be used."""
+    remedy = "name a checkpoint of this model with --weights FILE"
+    if config.model not in MODELS:
+        name = config.model.removeprefix("torchvision:")
+        remedy = (f"name a file with torchvision's weights of {name} with --weights FILE (as they are at "
+                  "download.pytorch.org/models), or let --weights torchvision download them where there is a network")
+    elif config.weights == "torchvision":
+        raise UsageError(f"--weights torchvision: torchvision has none for --model {config.model}; {remedy}")
+    try:
+        state, own = read_weights(config, classes), model.state_dict()
+        others = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
+        others += [key for key in own if key not in state and not key.startswith(("head.", "normalize."))]
+        if others:
+            raise ValueError(f"it is of another network, with another {others[0]}")
+        model.load_state_dict(state, strict=False)
+    except Exception as error:  # urllib, pickle and torch each raise their own
+        fault = " ".join(str(error).split()[:40])  # torch names the layer that does not fit in a second line
+        raise DataError(f"--weights {config.weights}: cannot be used ({type(error).__name__}: {fault}); "
+                        f"{remedy}") from None
+
+
 # ==== 8. Training =====================================================================================================
 
 @dataclass(frozen=True)
@@ -1454,6 +1437,33 @@ class TrainingData:
     statistics: ImageStatistics
     train_rows: np.ndarray
     val_rows: np.ndarray
+
+
+def start_model(config: Config, data: TrainingData, runtime: Runtime) -> nn.Module:
+    """The network to train, on the device: with the weights to start from, and normalisation measured."""
+    model = build_model(config, len(data.classes))
+    if config.weights:
+        load_weights(model, config, data.classes)
+    model = runtime.place(model)
+    if config.normalize != "none":
+        measure_normalization(model.normalize, data, config)
+    return model
+
+
+def measure_normalization(layer: Normalize, data: TrainingData, config: Config) -> None:
+    """Set offset and scale from the training images: mean and deviation, or each pixel's least value and range."""
+    count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+    for rows in np.array_split(data.train_rows, math.ceil(len(data.train_rows) / 1024)):
+        ink = to_input(data.dataset.batch(rows)[0], config).cpu()  # Apple's GPU has no float64
+        count, total = count + ink.numel(), total + ink.double().sum()
+        squares = squares + ink.double().square().sum()
+        low = ink.amin(dim=0, keepdim=True).clamp(max=low)
+        high = ink.amax(dim=0, keepdim=True).clamp(min=high)
+    if config.normalize == "standard":
+        low = total / count
+        high = low + (squares / count - low**2).clamp(min=0).sqrt()
+    layer.offset.copy_(low)
+    layer.scale.copy_((high - low).where(high > low, 1.0))  # a pixel that never changes tells nothing
 
 
 class Pace:
@@ -2222,28 +2232,32 @@ def describe_result(config: Config, metrics: dict, history: pd.DataFrame, starte
             f"total time {int(seconds) // 60} min {seconds % 60:.0f} s, peak memory {peak_memory_gb()} GB")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command line; gives the exit status: 0, 1 for bad data, 2 for bad usage, 130 for Ctrl-C."""
-    started = time.monotonic()
-    command, checkpoints, config = parse_command_line(argv)
+def exit_status(action: Callable[[], None], stopped: str) -> int:
+    """Do a program's work; gives 0, or after one line on stderr 1 for bad data, 2 for bad usage, 130 for Ctrl-C."""
     try:
-        if command == "run":
-            run(config, started)
-        else:
-            {"predict": predict_command, "evaluate": evaluate_command}[command](config, checkpoints, started)
+        action()
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
     except OSError as error:  # a full disk, a folder that vanished
-        print(f"error: {error.filename or config.output_dir}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         return 1
     except (torch.OutOfMemoryError, MemoryError) as error:
         print(f"error: out of memory ({first_line(error)}); try half the --batch-size", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped; {config.model_file} holds the best epoch so far, if one was finished", file=sys.stderr)
+        print(f"stopped; {stopped}", file=sys.stderr)
         return 130
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; gives the exit status."""
+    started = time.monotonic()
+    command, checkpoints, config = parse_command_line(argv)
+    work = {"predict": predict_command, "evaluate": evaluate_command}.get(command)
+    return exit_status(lambda: work(config, checkpoints, started) if work else run(config, started),
+                       f"{config.model_file} holds the best epoch so far, if one was finished")
 
 
 if __name__ == "__main__":

@@ -121,8 +121,7 @@ def plot_groups(path: Path, found: list[tuple[np.ndarray, int]], counts: np.ndar
                            + (f", {more} classes more" if more > 0 else ""), fontsize=9)
         row[0].text(-0.04, 0.5, f"{inside} errors", transform=row[0].transAxes, ha="right", va="center", fontsize=10)
     figure.suptitle("Classes that are not told apart: rows that are right, of all; examples; errors inside the group")
-    with script.whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    script.save_figure(path, figure)
 
 
 def report(given: argparse.Namespace) -> None:
@@ -161,15 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cache-dir", default="", help="folder of the decoded images, as for script.py")
     parser.add_argument("--output-dir", default=".", help="folder of confused_pairs.csv and confused_groups.png")
     parser.add_argument("--threshold", type=float, default=0.75, help="share below which two classes are one (0.75)")
-    try:
-        report(parser.parse_args(argv))
-    except script.DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    return 0
+    given = parser.parse_args(argv)
+    return script.exit_status(lambda: report(given), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -124,37 +124,40 @@ def page(folder: Path, record: dict, error: float) -> str:
             f'{metrics["val_accuracy"]:.2%}</title><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>\n')
 
 
+def read_record(folder: Path) -> tuple[dict, script.Config]:
+    """What the run was and gave, and its config."""
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        known = {field.name for field in dataclasses.fields(script.Config)}
+        config = script.Config(**{name: value for name, value in record["config"].items() if name in known})
+    except (OSError, ValueError, KeyError) as error:
+        raise script.DataError(f"{folder / 'run.json'}: no record of a run ({script.first_line(error)}); name the "
+                               "output folder of a finished run") from None
+    if "val_accuracy" not in record["metrics"]:
+        raise script.DataError(f"{folder}: the run had no validation rows: there is nothing to report")
+    return record, config
+
+
+def report(given: argparse.Namespace) -> None:
+    """Draw what the run did not, and write the page."""
+    record, config = read_record(given.folder)
+    moved = {name: getattr(given, name) for name in ("data_dir", "cache_dir") if getattr(given, name)}
+    config = dataclasses.replace(config, device="cpu", **moved)
+    judged, classes = read_judgement(given.folder, config)
+    plot_mistakes(given.folder / "mistakes.png", judged, script.symbol_texts(classes, script.read_symbols(config)))
+    error = plot_calibration(given.folder / "calibration.png", judged)
+    with script.whole_file(given.folder / "report.html") as temporary:
+        temporary.write_text(page(given.folder, record, error), encoding="utf-8")
+    print(f"wrote report.html, mistakes.png and calibration.png in {given.folder.resolve()}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="the output folder of a run")
     parser.add_argument("--data-dir", help="where the training table lies now, if it was moved")
     parser.add_argument("--cache-dir")
     given = parser.parse_args(argv)
-    try:
-        try:
-            record = json.loads((given.folder / "run.json").read_text())
-            known = {field.name for field in dataclasses.fields(script.Config)}
-            config = script.Config(**{name: value for name, value in record["config"].items() if name in known})
-        except (OSError, ValueError, KeyError) as error:
-            raise script.DataError(f"{given.folder / 'run.json'}: no record of a run ({script.first_line(error)}); "
-                                   "name the output folder of a finished run") from None
-        if "val_accuracy" not in record["metrics"]:
-            raise script.DataError(f"{given.folder}: the run had no validation rows: there is nothing to report")
-        moved = {name: getattr(given, name) for name in ("data_dir", "cache_dir") if getattr(given, name)}
-        config = dataclasses.replace(config, device="cpu", **moved)
-        judged, classes = read_judgement(given.folder, config)
-        plot_mistakes(given.folder / "mistakes.png", judged, script.symbol_texts(classes, script.read_symbols(config)))
-        error = plot_calibration(given.folder / "calibration.png", judged)
-        with script.whole_file(given.folder / "report.html") as temporary:
-            temporary.write_text(page(given.folder, record, error), encoding="utf-8")
-    except script.DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except OSError as error:
-        print(f"error: {error.filename or given.folder}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    print(f"wrote report.html, mistakes.png and calibration.png in {given.folder.resolve()}")
-    return 0
+    return script.exit_status(lambda: report(given), "report.html was not written")
 
 
 if __name__ == "__main__":

@@ -159,20 +159,15 @@ def plot_histories(path: Path, histories: pd.DataFrame, grid: dict[str, list]) -
             axes.set_yscale("log")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", fontsize=8)
-    with script.whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    script.save_figure(path, figure)
 
 
 def plot_heat_map(path: Path, rows: pd.DataFrame, grid: dict[str, list]) -> None:
     """The best validation accuracy over the first two settings, in percent; cells that diverged are grey."""
-    from matplotlib.figure import Figure
-
-    names = (list(grid) * 2)[:2]
-    best = rows.assign(val_accuracy=100 * rows.val_accuracy).groupby(names if names[0] != names[1] else names[:1])
-    best = best.val_accuracy.max()
-    table = best.unstack() if names[0] != names[1] else best.to_frame("")
-    figure = Figure(figsize=(2.5 + 1.1 * table.shape[1], 1.8 + 0.7 * table.shape[0]), layout="constrained")
-    axes = figure.subplots()
+    names = list(grid)[:2]
+    best = 100 * rows.groupby(names).val_accuracy.max()
+    table = best.unstack() if len(names) == 2 else best.to_frame("")
+    figure, axes = script.new_figure(2.5 + 1.1 * table.shape[1], 1.8 + 0.7 * table.shape[0])
     axes.set_facecolor("#cccccc")
     axes.imshow(table, cmap="viridis", aspect="auto")
     middle = np.nanmean([np.nanmin(table), np.nanmax(table)]) if table.notna().any(axis=None) else 0
@@ -182,9 +177,8 @@ def plot_heat_map(path: Path, rows: pd.DataFrame, grid: dict[str, list]) -> None
     axes.set_xticks(range(table.shape[1]), table.columns)
     axes.set_yticks(range(table.shape[0]), table.index)
     axes.set(title="validation accuracy in %", ylabel=names[0].replace("_", " "),
-             xlabel=names[1].replace("_", " ") if names[0] != names[1] else "")
-    with script.whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+             xlabel=names[1].replace("_", " ") if len(names) == 2 else "")
+    script.save_figure(path, figure)
 
 
 def ranking(rows: pd.DataFrame, grid: dict[str, list], shown: int = 10) -> str:
@@ -199,32 +193,27 @@ def ranking(rows: pd.DataFrame, grid: dict[str, list], shown: int = 10) -> str:
     return "\n".join(lines)
 
 
+def run(folder: Path, flags: list[str], started: float) -> None:
+    """Train what is left, draw and rank."""
+    fixed, grid = parse_grid(flags)
+    config = script.parse_command_line(fixed)[2]
+    if config.train_val_split == 1:
+        raise script.UsageError("a sweep ranks by validation rows: set --train-val-split below 1")
+    rows = sweep(config, grid, folder)
+    plot_histories(folder / "curves.png", pd.read_csv(folder / "history.csv"), grid)
+    plot_heat_map(folder / "heat_map.png", rows, grid)
+    print(f"{ranking(rows, grid)}\nwrote sweep.csv, history.csv, curves.png and heat_map.png in "
+          f"{folder.resolve()}; {time.monotonic() - started:.0f} s")
+
+
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("--sweep-dir", type=Path, default=Path("sweep"), help="folder of what is written")
     given, flags = parser.parse_known_args(argv)
-    try:
-        fixed, grid = parse_grid(flags)
-        config = script.parse_command_line(fixed)[2]
-        if config.train_val_split == 1:
-            raise script.UsageError("a sweep ranks by validation rows: set --train-val-split below 1")
-        rows = sweep(config, grid, given.sweep_dir)
-        plot_histories(given.sweep_dir / "curves.png", pd.read_csv(given.sweep_dir / "history.csv"), grid)
-        plot_heat_map(given.sweep_dir / "heat_map.png", rows, grid)
-    except script.DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_status
-    except OSError as error:  # a full disk, a folder that cannot be written to
-        print(f"error: {error.filename or given.sweep_dir}: {error.strerror or error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on with the next cell", file=sys.stderr)
-        return 130
-    print(f"{ranking(rows, grid)}\nwrote sweep.csv, history.csv, curves.png and heat_map.png in "
-          f"{given.sweep_dir.resolve()}; {time.monotonic() - started:.0f} s")
-    return 0
+    return script.exit_status(lambda: run(given.sweep_dir, flags, started),
+                              "the same command goes on with the next cell")
 
 
 if __name__ == "__main__":
