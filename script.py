@@ -117,7 +117,10 @@ class Config:
     plateau_patience: int = 2           # plateau: epochs without a better validation accuracy before that
     label_smoothing: float = 0.1        # share of the target that is spread over all classes
     mixup: bool = False                 # blend pairs of images and their labels (arXiv:1710.09412)
-    mixup_alpha: float = 0.4            # mixup: both parameters of the Beta distribution of the blend
+    cutmix: bool = False                # paste a part of one image into another (arXiv:1905.04899); with mixup: in turn
+    mixup_alpha: float = 0.4            # mixup, cutmix: both parameters of the Beta distribution of the shares
+    teachers: str = ""                  # checkpoints, with commas between, whose probabilities are learnt too
+    teacher_share: float = 0.7          # teachers: their share of the target; the label has the rest
     max_grad_norm: float = 1.0          # gradients are clipped to this norm (0: never)
     average_decay: float = 0.999        # exponential moving average of weights and batch statistics (0: none)
     train_val_split: float = 0.9        # share of the labelled rows to train on (1: all, and keep the last epoch)
@@ -137,6 +140,7 @@ class Config:
     crop_size: float = 0.8              # smallest side of that part, as a share of the image's
     perspective: float = 0.0            # how much nearer one edge is than the middle
     elastic: float = 0.05               # deviation of a 5x5 grid's smooth displacements, as a share of half the side
+    thickness: float = 0.0              # share of the way to strokes that are a pixel thicker or thinner on each side
     refit: bool = True                  # warped ink keeps its middle and its longer side, but for scale and shift
     brightness: float = 0.0             # share by which ink is made fainter
     contrast: float = 0.0               # bend of the grey levels between paper and full ink
@@ -176,7 +180,7 @@ LIMITS = {
     "train_val_split": (0.01, 1), "rotation": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "stretch": (0, 1),
     "shift": (0, 1), "crop": (0, 1), "crop_size": (0.1, 1), "perspective": (0, 0.45), "elastic": (0, 1),
     "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1), "erasing_size": (0.01, 1), "soften": (0, 0.25),
-    "neighbour_share": (0, 0.99), "num_workers": (-1, 1024),
+    "neighbour_share": (0, 0.99), "teacher_share": (0, 1), "thickness": (0, 1), "num_workers": (-1, 1024),
 }
 
 # What "auto" stands for, by model: the best seen on validation rows for the cnn (benchmarks/RESULTS.md), else untuned.
@@ -1046,7 +1050,17 @@ def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tenso
         grid = grid / (1 + horizon.mm(basis[:2])).unsqueeze(1)
     grid = grid.view(count, 2, size, size).permute(0, 2, 3, 1)
     ink = F.grid_sample(images.float().div_(255), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return erase(change_ink(ink, config, generator), config, generator)
+    return erase(change_ink(change_strokes(ink, config, generator), config, generator), config, generator)
+
+
+def change_strokes(ink: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    """Make each image's strokes thicker or thinner: a blend with its dilation or its erosion by 3x3 pixels."""
+    if not config.thickness:
+        return ink
+    shares = torch.empty(len(ink), 1, 1, 1, device=ink.device).uniform_(
+        -config.thickness, config.thickness, generator=generator)
+    thick, thin = F.max_pool2d(ink, 3, 1, 1), -F.max_pool2d(-ink, 3, 1, 1)
+    return torch.lerp(ink, thick.where(shares > 0, thin), shares.abs())
 
 
 def change_ink(ink: Tensor, config: Config, generator: torch.Generator) -> Tensor:
@@ -1319,6 +1333,28 @@ def mixup_data(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tupl
     return torch.lerp(images.roll(1, 0), images, share), torch.lerp(targets.roll(1, 0), targets, share)
 
 
+def cutmix_data(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of its neighbour in the batch into each image, and blend their targets by area.
+
+    The batch shares the rectangle, whose area is 1 less a draw of Beta(alpha, alpha) (arXiv:1905.04899).
+    """
+    draws, side = np.random.default_rng(seed), images.shape[-1]
+    extent = side * math.sqrt(1 - draws.beta(alpha, alpha))
+    (top, left), inside = draws.uniform(0, side, 2), torch.zeros_like(images[:1], dtype=torch.bool)
+    low, high = (np.clip(np.round([top + sign * extent / 2, left + sign * extent / 2]), 0, side).astype(int)
+                 for sign in (-1, 1))
+    inside[..., low[0]:high[0], low[1]:high[1]] = True
+    share = 1 - float(np.prod(high - low)) / side**2
+    return images.roll(1, 0).where(inside, images), torch.lerp(targets.roll(1, 0), targets, share)
+
+
+def mix(images: Tensor, targets: Tensor, config: Config, seed: int) -> tuple[Tensor, Tensor]:
+    """The batch as mixup or cutmix leave it; with both, the seed chooses one of them."""
+    if config.cutmix and (seed % 2 or not config.mixup):
+        return cutmix_data(images, targets, config.mixup_alpha, seed)
+    return mixup_data(images, targets, config.mixup_alpha, seed) if config.mixup else (images, targets)
+
+
 def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Cross-entropy, accuracy, top-3 and mean per-class accuracy of probabilities [N, K]; accuracies as fractions.
 
@@ -1437,6 +1473,7 @@ class TrainingData:
     statistics: ImageStatistics
     train_rows: np.ndarray
     val_rows: np.ndarray
+    taught: Tensor | None = None  # what the teachers say of every row: probabilities [rows, classes], float16
 
 
 def start_model(config: Config, data: TrainingData, runtime: Runtime) -> nn.Module:
@@ -1570,19 +1607,21 @@ class Learner:
             layer.train(not frozen)
 
     def learn(self, images: Tensor, classes: Tensor, epoch: int, progress: float, share: float = 1.0,
-              update: bool = True) -> Tensor:
+              update: bool = True, taught: Tensor | None = None) -> Tensor:
         """One step on a batch of uint8 images; gives its summed loss and its number of hits [2], left on the device.
 
-        A guess at a blend counts as much as the blend holds of the class that was guessed. The gradient's `share` is
-        added to those of the batches before it, and an `update` uses them up.
+        A guess at a blend counts as much as the blend holds of the class that was guessed, and where teachers say
+        what to learn, as much as they hold of it. The gradient's `share` is added to those of the batches before it,
+        and an `update` uses them up.
         """
         config, seed = self.config, seed_of(self.config, epoch, self.step)
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
         torch.manual_seed(seed ^ 1)  # dropout draws from the global generator
         inputs = augment(images, config, generator) if config.augment else to_input(images, config)
         targets = F.one_hot(classes, self.num_classes).float()
-        if config.mixup:
-            inputs, targets = mixup_data(inputs, targets, config.mixup_alpha, seed)
+        if taught is not None:
+            targets = torch.lerp(targets, taught.to(targets), config.teacher_share)
+        inputs, targets = mix(inputs, targets, config, seed)
         logits = self.network(inputs).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
         self.scaler.scale(loss * share).backward()
@@ -1642,7 +1681,8 @@ def train(learner: Learner, data: TrainingData, epoch: int, pace: Pace) -> dict[
             progress = pace.progress(learner.step)
             if progress >= 1:
                 break
-            totals += learner.learn(images, classes, epoch, progress, share, update)
+            taught = None if data.taught is None else data.taught[torch.from_numpy(rows).to(data.taught.device)]
+            totals += learner.learn(images, classes, epoch, progress, share, update, taught)
             seen += len(rows)
             if bar.update(len(rows)):  # true when the bar was redrawn, ten times a second at the most
                 mean_loss, accuracy = (totals / seen).tolist()
@@ -1813,6 +1853,30 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
         probabilities = predict(runtime.place(member.model), dataset, wanted, member.config, runtime)
         total = total + probabilities[:, [member.classes.index(label) for label in classes]]
     return total / len(members)
+
+
+def ask_teachers(config: Config, table: Table, classes: list[str], runtime: Runtime) -> Tensor | None:
+    """What the config's teachers say, on average, of every row of the training table; None without teachers.
+
+    The networks alone: their memories would give each row its own label back (distillation, arXiv:1503.02531).
+    """
+    paths = [Path(path.strip()) for path in config.teachers.split(",") if path.strip()]
+    if not paths:
+        return None
+    members = [load_checkpoint(path) for path in paths]
+    for place, member in enumerate(members):
+        if set(member.classes) != set(classes):
+            raise DataError(f"{paths[place]}: a teacher must know the classes of {table.path}, each one and no other")
+        seed, share = member.config.split_seed, member.config.train_val_split
+        if (seed, share) != (config.split_seed, config.train_val_split):
+            raise DataError(f"{paths[place]}: a teacher must have left the same rows to validation; take its "
+                            f"--split-seed {seed} --train-val-split {share}")
+        if isinstance(member.model, NeighbourVote):
+            members[place] = dataclasses.replace(member, model=member.model.network)
+    probabilities = ensemble_predict(members, member_datasets(members, table, np.arange(len(table)), config, runtime),
+                                     runtime)
+    taught = torch.from_numpy(probabilities[:, [members[0].classes.index(label) for label in classes]]).half()
+    return taught.to(runtime.device) if runtime.has_room_for(taught.nbytes) else taught
 
 
 def member_datasets(members: list[Trained], table: Table, rows: np.ndarray, config: Config,
@@ -2121,7 +2185,8 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData
           f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels\n"
           f"model {config.model}{f' (auto: the choice for {runtime.device.type})' if asked == 'auto' else ''}\n"
           f"{summary}")
-    return (config, TrainingData(dataset, targets, classes, statistics, train_rows, val_rows), test_table,
+    taught = ask_teachers(config, train_table, classes, runtime)
+    return (config, TrainingData(dataset, targets, classes, statistics, train_rows, val_rows, taught), test_table,
             MathSymbolDataset(test_images, None, runtime, config.pin_memory))
 
 

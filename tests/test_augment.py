@@ -12,7 +12,7 @@ from script import Config, augment, to_input
 STILL = Config(image_size=32, rotation=0, scale=0, shear=0, stretch=0, shift=0, perspective=0, elastic=0, refit=False,
                brightness=0, contrast=0, erasing=0, soften=0)
 STRONG = Config(image_size=48, rotation=25, scale=0.3, shear=0.3, stretch=0.3, shift=0.2, perspective=0.3, elastic=0.2,
-                refit=True, brightness=0.5, contrast=0.8, erasing=0.9)
+                refit=True, brightness=0.5, contrast=0.8, erasing=0.9, thickness=0.5)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -65,7 +65,7 @@ def test_no_change_is_the_identity():
 
 
 @pytest.mark.parametrize("name", ["rotation", "scale", "shear", "stretch", "shift", "perspective", "elastic",
-                                  "brightness", "erasing"])
+                                  "brightness", "erasing", "thickness"])
 def test_each_image_has_its_own_draw(name):
     config = dataclasses.replace(STILL, **{name: getattr(STRONG, name)})
     images = torch.full_like(pages(), 255) if name == "erasing" else pages()  # a hole shows in ink alone
@@ -137,6 +137,16 @@ def test_stretch_changes_the_width_against_the_height():
     ink = augment(pages(200), dataclasses.replace(STILL, image_size=96, stretch=0.3), seeded())[:, 0] > 0.5
     wide, high = ink.any(dim=1).sum(dim=1), ink.any(dim=2).sum(dim=1)
     assert (high - 30).abs().max() <= 1 and wide.min() < 15 and wide.max() > 22  # of 30 by 18
+
+
+def test_strokes_become_thicker_and_thinner():
+    ink = torch.zeros(400, 1, 16, 16)
+    ink[..., 6:9, :] = 1.0  # a beam of three pixels
+    change = Config(thickness=0.5)
+    amounts = script.change_strokes(ink, change, seeded()).sum(dim=(1, 2, 3)) / 16  # the beam's height
+    assert amounts.min() == pytest.approx(2.0, abs=0.05) and amounts.max() == pytest.approx(4.0, abs=0.05)
+    assert amounts.mean() == pytest.approx(3.0, abs=0.1)
+    assert script.change_strokes(torch.zeros(4, 1, 8, 8), change, seeded()).sum() == 0
 
 
 def test_erasing_hits_its_share_of_the_images():

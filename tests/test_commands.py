@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -204,6 +205,35 @@ def test_without_neighbours_the_checkpoint_has_no_memory(main_in_process, comman
     kept = script.load_checkpoint(command.output / "best_model.pth").metrics
     history = pd.read_csv(command.output / "history.csv")
     assert kept["val_accuracy"] == pytest.approx(history.val_accuracy[kept["epoch"] - 1])
+
+
+def test_a_network_learns_from_teachers(finished, tmp_path, monkeypatch):
+    command, _ = finished
+    teacher, student = str(command.output / "best_model.pth"), Command(command.data, tmp_path / "out", command.cache)
+    seen = []
+    monkeypatch.setattr(script, "fit", lambda config, data, *_: seen.append(data) or sys.exit(9))
+    with pytest.raises(SystemExit, match="9"):
+        script.main(student.arguments(*QUICK, "--teachers", f"{teacher}, {teacher}"))
+    said = script.load_checkpoint(Path(teacher))
+    alone = script.predict(said.model.network, seen[0].dataset, np.arange(100), said.config, script.start_runtime(
+        script.Config(device="cpu")))
+    assert np.allclose(seen[0].taught.numpy(), alone, atol=5e-3)  # by the network alone, in its own classes' order
+    monkeypatch.undo()
+    assert script.main(student.arguments(*QUICK, "--teachers", teacher)) == 0
+
+
+@pytest.mark.parametrize("flags, fault", [(["--split-seed", "7"], "--split-seed 42"),
+                                          (["--train-csv", "few.csv"], "must know the classes of")])
+def test_teachers_that_cannot_teach_are_refused(finished, tmp_path, capsys, flags, fault):
+    command, _ = finished
+    pupil = Command(make_competition(tmp_path / "competition"), tmp_path / "out", tmp_path / "cache")
+    table = pd.read_csv(pupil.data / "train.csv", dtype=str)
+    table[table.label != "3"].to_csv(pupil.data / "few.csv", index=False)
+    teacher = str(command.output / "best_model.pth")
+    assert script.main(pupil.arguments(*QUICK, "--teachers", teacher, *flags)) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {teacher}: a teacher must ") and fault in error
+    assert not (pupil.output / "best_model.pth").exists()
 
 
 def test_the_classic_preset_runs(main_in_process, command):

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 
 import script
 from script import Config, DataError, ImageStatistics, Learner, MathSymbolDataset, Pace, TrainingData, UsageError
@@ -45,6 +46,40 @@ def test_mixup_blends_images_and_targets_alike():
     assert torch.equal(mixed_images, script.mixup_data(images, targets, alpha=0.4, seed=3)[0])
     larger = [script.mixup_data(images, targets, 0.4, seed)[1].amax(dim=1).min() for seed in range(300)]
     assert 0.81 < np.mean(larger) < 0.87  # max(l, 1 - l) of Beta(0.4, 0.4) is 0.839 in the mean
+
+
+def test_cutmix_pastes_and_blends_by_area():
+    images, targets = torch.arange(6.0).view(6, 1, 1, 1).expand(6, 1, 20, 20), torch.eye(6)
+    areas = []
+    for seed in range(200):
+        mixed_images, mixed_targets = script.cutmix_data(images, targets, alpha=1.0, seed=seed)
+        pasted = mixed_images != images
+        areas.append(pasted[0].float().mean().item())
+        assert torch.equal(mixed_images.where(pasted, -1.0), images.roll(1, 0).where(pasted, -1.0))
+        assert mixed_targets[0, 5].item() == pytest.approx(areas[-1], abs=1e-6)
+        assert torch.allclose(mixed_targets.sum(dim=1), torch.ones(6))
+    assert min(areas) < 0.05 and max(areas) > 0.5 and len(set(areas)) > 50
+
+
+def test_with_both_mixup_and_cutmix_take_turns():
+    images, targets = torch.rand(8, 1, 20, 20), torch.eye(8)
+    config = dataclasses.replace(SMALL, mixup=True, cutmix=True)
+    for seed, mixed in [(2, script.mixup_data), (3, script.cutmix_data)]:
+        expected = mixed(images, targets, config.mixup_alpha, seed)
+        assert all(map(torch.equal, script.mix(images, targets, config, seed), expected))
+    assert script.mix(images, targets, SMALL, 3)[0] is images
+
+
+def test_what_teachers_say_is_learnt(tmp_path):
+    data = small_data()
+    learner = learner_of(dataclasses.replace(SMALL, augment=False, label_smoothing=0.0, teacher_share=1.0, dropout=0.0,
+                                             learning_rate=1e-2, warmup=0.0))
+    images, classes = data.dataset.batch(data.train_rows)
+    taught = F.one_hot((classes + 1) % 4, 4).half()  # the teachers are sure, and contradict the labels
+    for _ in range(30):
+        learner.learn(images, classes, epoch=1, progress=0.1, taught=taught)
+    learner.model.eval()
+    assert (learner.model(script.to_input(images, SMALL)).argmax(dim=1) == (classes + 1) % 4).float().mean() > 0.9
 
 
 def test_score_against_figures_by_hand():
@@ -273,8 +308,9 @@ def test_plateau_lowers_the_rate_when_accuracy_stands_still(tmp_path, monkeypatc
     assert rates.tolist() == pytest.approx([3e-3, 3e-3, 3e-3, 1.5e-3, 1.5e-3, 7.5e-4])
 
 
-@pytest.mark.parametrize("settings", [{}, {"mixup": True}, {"max_grad_norm": 0.0}, {"average_decay": 0.0},
-                                      {"augment": False}, {"precision": "bf16"}, {"model": "resnet"}])
+@pytest.mark.parametrize("settings", [{}, {"mixup": True}, {"cutmix": True}, {"thickness": 0.5}, {"max_grad_norm": 0.0},
+                                      {"average_decay": 0.0}, {"augment": False}, {"precision": "bf16"},
+                                      {"model": "resnet"}])
 def test_two_fits_with_one_seed_are_equal_bit_for_bit(tmp_path, settings):
     runtime = dataclasses.replace(CPU, precision=settings.get("precision", "float32"))
     weights = []
