@@ -32,7 +32,9 @@ import csv
 import ctypes
 import dataclasses
 import difflib
+import errno
 import functools
+import glob
 import hashlib
 import inspect
 import io
@@ -42,8 +44,10 @@ import multiprocessing
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 import types
 import typing
@@ -51,7 +55,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -82,11 +86,14 @@ class Config:
     test_csv: str = "test.csv"          # test table: example_id,image_path or pixel0,...; evaluate: one with labels
     root_dir: str = "Dataset_Image"     # folder that the tables' image paths start from
     output_dir: str = "."               # folder where everything is written
+    on_bad_image: Literal["error", "skip"] = "error"  # skip: train without, and predict the commonest answer for it
     cache_dir: str = ""                 # folder of decoded and downloaded images (empty: in the user's cache folder)
     model_file: str = "best_model.pth"  # checkpoint of the best epoch, in output_dir
     submission_file: str = "submission.csv"  # what is uploaded, in output_dir
     pictures: bool = True               # draw samples, curves, confusions, accuracy by class and predictions
     tensorboard: bool = False           # write each epoch's figures for TensorBoard too, where it is installed
+    resume: bool = True                 # go on with the unfinished run that last.pth in output_dir holds
+    checkpoint_minutes: float = 10.0    # minutes between two writings of last.pth (besides: at the end of every epoch)
 
     # Model
     model: str = "auto"                 # a key of MODELS, torchvision:NAME, or auto: resnet on an accelerator, else cnn
@@ -152,6 +159,7 @@ class Config:
     eval_batch_size: int | None = None  # images in a step of validation and prediction (auto: what suits the device)
     device: str = "auto"                # cpu, cuda, cuda:1, mps, or auto: the fastest that works
     precision: Literal["auto", "float32", "bf16", "fp16"] = "auto"  # of the network's arithmetic
+    deterministic: bool = False         # cuda: only algorithms that give the same bits every time, where there are any
     compile: bool = False               # torch.compile the network to train it: takes a minute, pays in long GPU runs
     num_workers: int = -1               # processes that decode images (-1: one a core, 0: this process)
     pin_memory: bool = True             # page-lock the batches of images too large to be kept on the GPU
@@ -234,9 +242,15 @@ PRESETS = {
 }
 
 # The settings that `predict` takes from the command line; all others are the checkpoint's.
-PREDICT_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "output_dir", "cache_dir", "model_file",
-                    "submission_file", "pictures", "eval_batch_size", "device", "precision", "num_workers",
-                    "pin_memory"}
+PREDICT_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "on_bad_image", "output_dir", "cache_dir",
+                    "model_file", "submission_file", "pictures", "eval_batch_size", "device", "precision",
+                    "num_workers", "pin_memory"}
+
+
+# The settings that may be others when a run goes on: they change where and how, not what.
+RESUME_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "on_bad_image", "output_dir", "cache_dir",
+                   "submission_file", "pictures", "tensorboard", "resume", "checkpoint_minutes", "max_minutes",
+                   "device", "num_workers", "pin_memory"}
 
 
 def check_model(name: str) -> None:
@@ -353,7 +367,60 @@ class UsageError(DataError):
     exit_status = 2
 
 
-def first_line(error: Exception) -> str:
+class Stopped(KeyboardInterrupt):
+    """The user or the system asks the program to end, by a signal of this number."""
+
+    def __init__(self, number: int, message: str = ""):
+        super().__init__(message)
+        self.number = number
+
+
+class StopSignals:
+    """Makes SIGINT, SIGTERM and SIGUSR1 raise Stopped: at once, or, while they are held, when `check` is called.
+
+    A second SIGINT is not held: it ends the process. To be entered in the main thread; in others signals stay as they
+    are.
+    """
+
+    def __init__(self):
+        self.held, self.waiting, self.before = False, None, {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            numbers = [getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1")]  # Windows has two
+            self.before = {number: signal.signal(number, self.catch) for number in numbers if number}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def catch(self, number: int, _frame) -> None:
+        if self.waiting is not None and number == signal.SIGINT:
+            os.write(2, b"stopped at once, without saving\n")  # print may be what was interrupted
+            os._exit(128 + number)
+        self.waiting = self.waiting or number
+        if not self.held:
+            raise Stopped(self.waiting)
+
+    def check(self) -> None:
+        """Raise Stopped if a signal has come."""
+        if self.waiting is not None:
+            raise Stopped(self.waiting)
+
+    @contextlib.contextmanager
+    def hold(self, held: bool = True):
+        """Hold signals, or let them through, inside a with statement."""
+        before, self.held = self.held, held
+        try:
+            if not held:
+                self.check()
+            yield
+        finally:
+            self.held = before
+
+
+def first_line(error: BaseException) -> str:
     """What an exception says, in one line; its kind where it says nothing."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
@@ -400,7 +467,10 @@ def start_runtime(config: Config) -> Runtime:
         raise UsageError("--precision fp16 trains on a GPU only; on a CPU take bf16 or float32")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = not config.deterministic  # which takes the algorithm that is fastest today
+        if config.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type == "cpu":
         keep_freed_memory()
     gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
@@ -468,15 +538,47 @@ def seed_of(config: Config, epoch: int, step: int) -> int:
 
 @contextlib.contextmanager
 def whole_file(path: Path):
-    """Yield a name to write to; the file gets its own name only when it is whole and on the disk."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    """Yield a name to write to; the file gets its own name only when it is whole and on the disk.
+
+    What processes of this machine that were killed left behind of it is removed.
+    """
+    mark = f".{re.sub('[^A-Za-z0-9]', '', platform.node())}-"
+    for left in path.parent.glob(f"{mark}*.{glob.escape(path.name)}"):
+        process = left.name[len(mark):].split(".")[0]
+        if process.isdigit() and not is_alive(int(process)):
+            left.unlink(missing_ok=True)
+    temporary = path.with_name(f"{mark}{os.getpid()}.{path.name}")
     try:
         yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
+        if os.name == "posix":  # the name is in the folder, which is flushed by itself
+            flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Return when a file, or a folder's names, are on the disk."""
+    number = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # some network drives cannot flush a folder
+            raise
+    finally:
+        os.close(number)
+
+
+def is_alive(process: int) -> bool:
+    """Whether a process of this number runs on this machine; true where that cannot be known."""
+    try:
+        os.kill(process, 0) if os.name == "posix" else None
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def output_folder(config: Config) -> Path:
@@ -503,9 +605,15 @@ class Table:
     rows: pd.DataFrame  # label or example_id, and image_path where there is one, as text; index: the spreadsheet's row
     pixels: np.ndarray | None = None  # grey levels [N, side, side], uint8, where they stand in the table
     submission_columns: tuple[str, str] = ("example_id", "label")
+    faults: dict[int, str] = field(default_factory=dict)  # why an image cannot be used, by its row's position
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def bad(self) -> np.ndarray:
+        """Positions of the rows whose image cannot be used."""
+        return np.array(sorted(self.faults), dtype=np.int64)
 
 
 def open_table(config: Config, name: str, column: str, part: Literal["train", "test"]) -> Table:
@@ -519,7 +627,41 @@ def open_table(config: Config, name: str, column: str, part: Literal["train", "t
     header = read_csv(path, ("image_path", column), nrows=0).columns.str.strip()
     if "image_path" not in header and header.str.fullmatch(PIXEL).any():
         return pixel_table(path, header, column)
-    return Table(str(path), read_table(path, ("image_path", "label") if column == "label" else (column, "image_path")))
+    rows = read_table(path, ("image_path", "label") if column == "label" else (column, "image_path"))
+    return Table(str(path), rows, faults=path_faults(rows.image_path, Path(config.data_dir, config.root_dir)))
+
+
+def path_faults(names: pd.Series, root: Path) -> dict[int, str]:
+    """Why a path is not opened, by its position: an image lies below the root folder, and no link leads out of it."""
+    faults = {}
+    for pattern, fault in (("\0", "its path holds a NUL"), (r"^(?:[/\\]|[A-Za-z]:)", "its path is absolute"),
+                           (r"(?:^|[/\\])\.\.(?:[/\\]|$)", "its path climbs out by .."),
+                           (r"\\" if os.sep == "/" else "\0", "its path holds a backslash; write /")):
+        for place in np.flatnonzero(names.str.contains(pattern)):
+            faults.setdefault(int(place), fault)
+    inside, folders = os.path.realpath(root), names.str.rpartition("/")[0]
+    for folder in folders.drop(folders.index[list(faults)]).unique():
+        path, leads_out = os.path.join(root, folder), set()
+        try:
+            with os.scandir(path) as entries:
+                leads_out = {entry.name for entry in entries
+                             if entry.is_symlink() and not is_below(os.path.realpath(entry.path), inside)}
+        except OSError:  # no such folder: said of each image when it is decoded
+            pass
+        if not is_below(os.path.realpath(path), inside):
+            links = folders == folder
+        elif leads_out:
+            links = (folders == folder) & names.str.rpartition("/")[2].isin(leads_out)
+        else:
+            continue
+        for place in np.flatnonzero(links):
+            faults.setdefault(int(place), f"a symbolic link leads out of {root}")
+    return faults
+
+
+def is_below(path: str, folder: str) -> bool:
+    """Whether a real path is a folder's or below it."""
+    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
 def read_csv(path: Path, columns: tuple[str, ...], **options) -> pd.DataFrame:
@@ -679,6 +821,32 @@ def read_test_table(config: Config) -> Table:
     return table
 
 
+def check_sample_submission(config: Config, table: Table, classes: list[str]) -> None:
+    """Compare what will be handed in with sample_submission.csv beside the test table, where there is one.
+
+    Raises DataError naming the first difference: in the columns, the ids, their order or their number, or in the kind
+    of the labels.
+    """
+    path = Path(config.data_dir, config.test_csv).with_name("sample_submission.csv")
+    if table.path.startswith("torchvision:") or not path.exists():
+        return
+    sample, columns = read_csv(path, table.submission_columns), list(table.submission_columns)
+    if list(sample.columns) != columns:
+        raise DataError(f"{path}: its columns are {', '.join(sample.columns)}; the submission's would be "
+                        f"{', '.join(columns)}: is {table.path} of the same competition?")
+    ids, wanted = table.rows.example_id.to_numpy(), sample[columns[0]].to_numpy()
+    for place in np.flatnonzero(ids[: len(wanted)] != wanted[: len(ids)])[:1]:
+        raise DataError(f"{path}, row {place + 2}: {columns[0]} is {wanted[place]!r}, in {table.path} it is "
+                        f"{ids[place]!r}; the submission must have the sample's ids in its order")
+    if len(ids) != len(wanted):
+        raise DataError(f"{path}: has {len(wanted):,} rows, {table.path} has {len(ids):,}; the submission must have "
+                        "the sample's")
+    number = re.compile(r"-?[0-9]+")
+    odd = [label for label in classes if not number.fullmatch(label)]
+    if odd and sample[columns[1]].str.fullmatch(number).all():
+        raise DataError(f"{path}: its labels are whole numbers, and {odd[0]!r} is a label of the training table")
+
+
 def test_table_name(config: Config) -> str:
     """The table to predict: test_csv, or the other part of torchvision's data where none was named."""
     own = config.train_csv.startswith("torchvision:") and config.test_csv == Config.test_csv
@@ -722,6 +890,22 @@ def describe_classes(classes: list[str], targets: np.ndarray) -> str:
     return text
 
 
+def describe_repeats(table: Table) -> str:
+    """How many rows name an image that an earlier row names, and how many of those disagree with it; empty if none."""
+    if "image_path" not in table.rows:
+        return ""
+    paths, labels = table.rows.image_path, table.rows.groupby("image_path").label
+    repeated, torn = paths.duplicated(), paths[paths.duplicated(keep=False)]
+    torn = torn[torn.map(labels.nunique()) > 1] if len(torn) else torn
+    if not repeated.any():
+        return ""
+    text = f"; {repeated.sum():,} rows name an image that stands in the table already"
+    if len(torn):
+        text += (f", {torn.nunique():,} images have several labels (the first: rows "
+                 f"{', '.join(map(str, paths.index[paths == torn.iloc[0]][:3]))})")
+    return text
+
+
 def read_symbols(config: Config) -> dict[str, str]:
     """LaTeX by label, from classes.csv beside train.csv; empty where there is none."""
     path = Path(config.data_dir, config.train_csv).with_name("classes.csv")
@@ -735,6 +919,7 @@ def read_symbols(config: Config) -> dict[str, str]:
 
 # ==== 4. Images: decoded once into one uint8 array, ink high and paper zero; augmented by batch on the device =========
 
+LARGEST_IMAGE = 50_000_000  # pixels: what is larger is no drawing of a symbol, and may be made to fill the memory
 CACHE_FORMAT = 1  # to be raised when decoding changes, so that older caches are not used
 DECODE_CHUNK = 1000
 
@@ -756,7 +941,10 @@ def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         data = file.read()
     if not data:
         raise ValueError("the file is empty")
-    image = Image.open(io.BytesIO(data))
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        image = Image.open(io.BytesIO(data))
+    if image.width * image.height > LARGEST_IMAGE:
+        raise ValueError(f"{image.width} x {image.height} pixels are too many; scale it down")
     image.load()
     if "exif" in image.info:
         image = ImageOps.exif_transpose(image)
@@ -799,6 +987,8 @@ def look_at_images(table: Table, config: Config) -> ImageStatistics:
     """
     papers, sides = [], []
     for place in range(0, len(table), math.ceil(len(table) / 256)):
+        if place in table.faults:
+            continue
         try:
             grey, alpha = (table.pixels[place], None) if table.pixels is not None else read_grey(
                 os.path.join(config.data_dir, config.root_dir, table.rows.image_path.iloc[place]))
@@ -831,14 +1021,32 @@ def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -
     images, faults = np.zeros((len(paths), statistics.size, statistics.size), dtype=np.uint8), {}
     decode = functools.partial(decode_image, statistics)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    with ProcessPoolExecutor(max(workers, 1), mp_context=context) as pool:  # starts processes when given work
+    pool = ProcessPoolExecutor(max(workers, 1), mp_context=context, initializer=leave_signals_to_parent)
+    try:  # a pool starts processes when it is given work
         results = pool.map(decode, paths, chunksize=DECODE_CHUNK) if workers else map(decode, paths)
         for position, result in enumerate(tqdm(results, "decoding", len(paths), unit="img", disable=None)):
             if isinstance(result, str):
                 faults[position] = result
             else:
                 images[position] = np.frombuffer(result, np.uint8).reshape(images.shape[1:])
+    finally:
+        pool.shutdown(cancel_futures=True)  # if it was interrupted, nobody waits for the rest
     return images, faults
+
+
+def leave_signals_to_parent() -> None:
+    """What a decoding process does with the signals that a terminal sends to all: it ends when its parent has ended."""
+    for name, handler in (("SIGINT", signal.SIG_IGN), ("SIGTERM", signal.SIG_DFL), ("SIGUSR1", signal.SIG_IGN)):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), handler)
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:  # it has another parent when its own was killed
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def file_identities(paths: list[str]) -> np.ndarray:
@@ -890,46 +1098,52 @@ def write_cache(path: Path, images: np.ndarray, identities: np.ndarray) -> np.nd
         return images
 
 
-def load_images(table: Table, config: Config, statistics: ImageStatistics) -> tuple[np.ndarray, list[str]]:
-    """A table's images as ink, uint8 [N, 1, size, size], and a line for each that cannot be used.
+def load_images(table: Table, config: Config, statistics: ImageStatistics) -> np.ndarray:
+    """A table's images as ink, uint8 [N, 1, size, size]; blank where they cannot be used, which its faults then tell.
 
     Decodes what the cache does not hold: all, or the files that changed since.
     """
     if table.pixels is not None:
-        return np.stack([to_ink(grey, None, statistics) for grey in table.pixels])[:, None], []
-    root = Path(config.data_dir, config.root_dir)
-    names = table.rows.image_path.tolist()
+        return np.stack([to_ink(grey, None, statistics) for grey in table.pixels])[:, None]
+    root, names = Path(config.data_dir, config.root_dir), table.rows.image_path.tolist()
     paths = [os.path.join(root, name) for name in names]
     cache = cache_file(config, root, names, statistics)
     identities, held = file_identities(paths), read_cache(cache, (len(names), statistics.size, statistics.size))
     changed = (held[1] != identities) | (held[1] == -1) if held else np.ones_like(identities, dtype=bool)
+    changed[table.bad] = False
     stale = np.flatnonzero(changed.any(axis=1))
-    if not len(stale):
-        return held[0][:, None], []
+    if held and not len(stale):
+        return held[0][:, None]
     started = time.perf_counter()
     fresh, faults = decode_images([paths[position] for position in stale], statistics, config.num_workers)
     seconds = time.perf_counter() - started
     print(f"decoded {len(stale):,} images of {table.path} in {seconds:.1f} s ({len(stale) / seconds:,.0f}/s)")
-    images = np.array(held[0]) if held else np.empty((len(paths), *fresh.shape[1:]), dtype=np.uint8)
+    images = np.array(held[0]) if held else np.zeros((len(paths), *fresh.shape[1:]), dtype=np.uint8)
     images[stale] = fresh
-    identities[stale[list(faults)]] = -1  # to be tried again, without the others
-    return write_cache(cache, images, identities)[:, None], [
-        f"{table.path}, row {table.rows.index[stale[position]]}: {names[stale[position]]}: {fault}"
-        for position, fault in faults.items()]
+    table.faults.update({int(stale[position]): fault for position, fault in faults.items()})
+    identities[table.bad] = -1  # to be tried again, without the others
+    return write_cache(cache, images, identities)[:, None]
 
 
 def load_all_images(tables: list[Table], config: Config, statistics: ImageStatistics) -> list[np.ndarray]:
-    """The images of every table, uint8 [N, 1, size, size] each; raises DataError listing the first ten bad ones."""
+    """The images of every table, uint8 [N, 1, size, size] each.
+
+    Raises DataError listing the first ten bad ones; if they are to be skipped, they are listed and stay blank.
+    """
     root = Path(config.data_dir, config.root_dir)
     if not root.is_dir() and any(table.pixels is None for table in tables):
         raise DataError(f"{root}: no such folder; name the images' folder with --root-dir")
     loaded = [load_images(table, config, statistics) for table in tables]
-    faults = [fault for _, faults in loaded for fault in faults]
+    faults = [f"{table.path}, row {table.rows.index[place]}: {table.rows.image_path.iloc[place]!r}: "
+              f"{table.faults[place]}" for table in tables for place in table.bad]
     if faults:
         count = f"{len(faults)} images cannot be used" if len(faults) > 1 else "1 image cannot be used"
-        raise DataError(f"{count}; replace each file or remove its row:\n  " + "\n  ".join(faults[:10])
-                        + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""))
-    return [images for images, _ in loaded]
+        listed = "\n  ".join(faults[:10]) + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else "")
+        if config.on_bad_image == "error":
+            raise DataError(f"{count}; replace each file or remove its row, or leave them out with --on-bad-image "
+                            f"skip:\n  {listed}")
+        print(f"warning: {count} and left out:\n  {listed}", file=sys.stderr)
+    return loaded
 
 
 class MathSymbolDataset(torch.utils.data.Dataset):
@@ -1371,6 +1585,45 @@ def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 
 # ==== 7. Checkpoints ==================================================================================================
 
+def digest(content) -> str:
+    """SHA-256 of tensors and plain values in dictionaries, lists and tuples."""
+    total = hashlib.sha256()
+
+    def add(value) -> None:
+        if isinstance(value, Tensor):
+            total.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        elif isinstance(value, (dict, list, tuple)):
+            total.update(f"{'dict' if isinstance(value, dict) else 'list'} {len(value)}".encode())
+            for part in value.items() if isinstance(value, dict) else value:
+                add(part)
+        else:
+            total.update(repr(value).encode())
+
+    add(content)
+    return total.hexdigest()
+
+
+def write_content(path: Path, content: dict) -> None:
+    """Write a dictionary with its digest, as torch.save does; it gets its name when it has been read back unchanged."""
+    buffer = io.BytesIO()  # torch reports a full disk as an error of its own
+    torch.save({**content, "sha256": digest(content)}, buffer)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+        flush(temporary)
+        read_content(temporary)
+
+
+def read_content(path: Path) -> dict:
+    """What write_content wrote: data, never code. Raises ValueError where a bit of it has changed since."""
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict):
+        raise ValueError("it holds no dictionary")
+    if content.pop("sha256", None) != digest(content):
+        raise ValueError("its content is not what was written: the SHA-256 differs, or is missing")
+    return content
+
+
 def save_checkpoint(path: Path, model: nn.Module, config: Config, classes: list[str], statistics: ImageStatistics,
                     metrics: dict) -> None:
     """Write all that prediction needs: plain weights, settings, classes, how images are prepared, and the memory."""
@@ -1382,10 +1635,7 @@ def save_checkpoint(path: Path, model: nn.Module, config: Config, classes: list[
         "config": dataclasses.asdict(config), "classes": classes,
         "image_statistics": dataclasses.asdict(statistics), "metrics": metrics, "versions": versions(),
     }
-    buffer = io.BytesIO()  # torch reports a full disk as an error of its own
-    torch.save(content, buffer)
-    with whole_file(path) as temporary:
-        temporary.write_bytes(buffer.getbuffer())
+    write_content(path, content)
 
 
 @dataclass(frozen=True)
@@ -1402,7 +1652,7 @@ class Trained:
 def load_checkpoint(path: Path) -> Trained:
     """Read a checkpoint as data, never as code. Raises DataError for a file that is not a whole checkpoint of ours."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read_content(path)
         known = {field.name for field in dataclasses.fields(Config)}
         config = Config(**{name: value for name, value in content["config"].items() if name in known})
         model = build_model(config, len(content["classes"]))
@@ -1507,11 +1757,20 @@ class Pace:
     """How far training is, from 0 to 1: by its steps, or by the clock where the time ends first."""
 
     def __init__(self, steps: int, seconds: float = math.inf):
-        self.steps, self.seconds, self.started = steps, seconds, time.monotonic()
+        self.steps, self.seconds, self.started = steps, max(seconds, 1e-9), time.monotonic()
+
+    def go_on(self, spent: float) -> None:
+        """Count so many seconds that were trained before, and are no part of the time there is."""
+        self.started, self.seconds = self.started - spent, self.seconds + spent
+
+    @property
+    def spent(self) -> float:
+        """Seconds of training so far."""
+        return time.monotonic() - self.started
 
     def progress(self, step: int) -> float:
         """Share of the training that lies behind before this step."""
-        return min(1.0, max(step / self.steps, (time.monotonic() - self.started) / self.seconds))
+        return min(1.0, max(step / self.steps, self.spent / self.seconds))
 
 
 def schedule_factor(config: Config, progress: float) -> float:
@@ -1535,21 +1794,58 @@ def schedule_factor(config: Config, progress: float) -> float:
     return 1.0
 
 
+FAULT_LIMIT = 10   # steps in a row without finite numbers, after which training goes back
+FAULT_STEPS = 50   # steps between two looks at them, for which the device is waited for
+MOST_SETBACKS = 3
+
+
 class AveragedWeights:
     """Exponential moving average of weights and batch-norm statistics, with a decay that warms up.
 
-    torch's AveragedModel counts its updates on the device: a decay that depends on the count would wait for it.
+    torch's AveragedModel counts its updates on the device: a decay that depends on the count would wait for it. And it
+    would keep a value that is not finite for ever.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         self.model, self.decay = copy.deepcopy(model).requires_grad_(False).eval(), decay
         pairs = zip(self.model.state_dict().values(), model.state_dict().values())
         self.averages, self.sources = zip(*(pair for pair in pairs if pair[0].is_floating_point()))
+        # One step downhill on half the squared distance is that of a moving average, and can be left out on the device
+        self.optimizer = torch.optim.SGD(self.averages, lr=1.0, fused=can_fuse(self.averages[0].device))
 
-    def update(self, step: int) -> None:
-        """Move the averages towards the weights after this step (counted from 0)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.averages, self.sources, 1 - decay)
+    def update(self, step: int, sound: Tensor) -> None:
+        """Move the averages towards the weights after this step (counted from 0), if these are sound: 1, and not 0."""
+        self.optimizer.param_groups[0]["lr"] = 1 - min(self.decay, (1 + step) / (10 + step))
+        for average, distance in zip(self.averages, torch._foreach_sub(self.averages, self.sources)):
+            average.grad = distance
+        step_if_sound(self.optimizer, sound)
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def can_fuse(device: torch.device) -> bool:
+    """Whether optimizers have fused kernels there, which read on the device whether to leave a step out."""
+    return device.type in ("cuda", "cpu")
+
+
+def step_if_sound(optimizer: torch.optim.Optimizer, sound: Tensor) -> None:
+    """An optimizer's step, or none if `sound` is 0; fused kernels look for themselves, and nobody waits for them."""
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = 1 - sound
+        optimizer.step()
+    elif sound:
+        optimizer.step()
+
+
+def gather_statistics(model: nn.Module) -> Tensor:
+    """Make all float buffers, as batch norm's are, parts of one vector, which can be looked after in one go."""
+    places = [(layer, name, buffer) for layer in model.modules() for name, buffer in layer.named_buffers(recurse=False)
+              if buffer.is_floating_point()]
+    if not places:
+        return torch.zeros(0, device=next(model.parameters()).device)
+    together = torch.cat([buffer.flatten() for *_, buffer in places])
+    for (layer, name, buffer), part in zip(places, together.split([buffer.numel() for *_, buffer in places])):
+        setattr(layer, name, part.view_as(buffer))
+    return together
 
 
 class InPrecision(nn.Module):
@@ -1568,7 +1864,11 @@ def make_optimizer(config: Config, groups: list[dict], fused: bool) -> torch.opt
     """The config's optimizer of these parameter groups."""
     options = {"lr": config.learning_rate, "fused": fused}
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **options)
+        optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **options)
+        if config.momentum:  # the fused kernel makes none where its first step is left out
+            for weight in (weight for group in groups for weight in group["params"]):
+                optimizer.state[weight]["momentum_buffer"] = torch.zeros_like(weight)
+        return optimizer
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, **options)
 
 
@@ -1583,13 +1883,19 @@ class Learner:
             self.network = nn.DataParallel(self.network)
         if config.compile:
             self.network = torch.compile(self.network)
-        groups = [{"params": [weight for weight in self.model.parameters() if (weight.ndim > 1) == decayed],
+        self.weights = list(self.model.parameters())
+        groups = [{"params": [weight for weight in self.weights if (weight.ndim > 1) == decayed],
                    "weight_decay": config.weight_decay * decayed} for decayed in (True, False)]
-        self.optimizer = make_optimizer(config, groups, fused=runtime.device.type in ("cuda", "cpu"))
+        self.optimizer = make_optimizer(config, groups, fused=can_fuse(runtime.device))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
+        self.statistics = gather_statistics(self.model)
+        self.last_statistics = self.statistics.clone()
         self.average = AveragedWeights(self.model, config.average_decay) if config.average_decay else None
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", config.plateau_factor, config.plateau_patience)
+        self.rate = 1.0  # what the schedule is multiplied by: less after a setback
+        self.sound = torch.ones((), device=runtime.device)  # 1 while all is finite, else 0: left on the device
+        self.faults = torch.zeros(2, device=runtime.device)  # steps left out: in all, and one after another till now
 
     @property
     def result(self) -> nn.Module:
@@ -1599,6 +1905,39 @@ class Learner:
     @property
     def learning_rate(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
+
+    def state(self) -> dict:
+        """All that the next step depends on, copied."""
+        return copy.deepcopy({
+            "model": self.model.state_dict(), "average": self.average.model.state_dict() if self.average else None,
+            "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict(),
+            "plateau": self.plateau.state_dict(), "faults": self.faults,
+            "counts": (self.step, self.updates), "rate": self.rate})
+
+    def restore(self, state: dict) -> None:
+        """Go on from a `state`."""
+        state = copy.deepcopy(state)  # optimizers take tensors over as they are
+        self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.model.load_state_dict(state["average"])
+        for name in ("optimizer", "scaler", "plateau"):
+            getattr(self, name).load_state_dict(state[name])
+        self.faults.copy_(state["faults"])
+        (self.step, self.updates), self.rate = state["counts"], state["rate"]
+        self.last_statistics.copy_(self.statistics)
+        self.sound.fill_(1)
+
+    def check_faults(self) -> None:
+        """Raise Setback if the numbers have gone wrong for good. Waits for the device."""
+        if self.faults[1] >= FAULT_LIMIT or not self.sound:
+            raise Setback
+
+    def slow_down(self) -> None:
+        """Learn at half the rate from now on, and count anew the steps that are left out."""
+        self.rate /= 2
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 2
+        self.faults[1] = 0
 
     def freeze(self, frozen: bool) -> None:
         """Let only the last layer learn, or all; what is frozen keeps its batch statistics too."""
@@ -1624,27 +1963,38 @@ class Learner:
         inputs, targets = mix(inputs, targets, config, seed)
         logits = self.network(inputs).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
+        self.sound = self.sound * loss.detach().isfinite()
         self.scaler.scale(loss * share).backward()
         self.step += 1
         if update:
             self.descend(progress)
         hits = targets.gather(1, logits.detach().argmax(dim=1, keepdim=True)).sum()
-        return torch.stack([loss.detach() * len(images), hits])
+        return torch.stack([loss.detach().nan_to_num(0, 0, 0) * len(images), hits])
 
     def descend(self, progress: float) -> None:
-        """Clipping, the optimizer's step at the schedule's rate, the averages."""
+        """Clipping, the optimizer's step at the schedule's rate, the averages; nothing where numbers are not finite."""
         if self.config.schedule != "plateau":  # which sets the rate itself, between epochs
             for group in self.optimizer.param_groups:
-                group["lr"] = self.config.learning_rate * schedule_factor(self.config, progress)
+                group["lr"] = self.rate * self.config.learning_rate * schedule_factor(self.config, progress)
         if self.config.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm or math.inf)
+        sound = self.sound * self.statistics.isfinite().all()
+        if self.scaler.is_enabled():  # which leaves steps out by itself, while it looks for the largest scale
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            sound = sound * norm.isfinite()
+            step_if_sound(self.optimizer, sound)
         self.optimizer.zero_grad(set_to_none=True)
+        self.last_statistics.copy_(self.statistics.where(sound > 0, self.last_statistics))
+        self.statistics.copy_(self.last_statistics)
+        norms = torch._foreach_norm([weight.detach() for weight in self.weights])
+        self.sound = torch.stack(norms).sum().isfinite().float()
         if self.average:
-            self.average.update(self.updates)
+            self.average.update(self.updates, sound * self.sound)
         self.updates += 1
+        self.faults = (self.faults + 1 - sound) * torch.stack([torch.ones_like(sound), 1 - sound])
 
 
 def epoch_steps(rows: np.ndarray, config: Config, epoch: int) -> list[np.ndarray]:
@@ -1667,30 +2017,72 @@ def accumulation_shares(steps: int, accumulate: int) -> list[tuple[float, bool]]
     return [(1 / (end - step // accumulate * accumulate), step == end - 1) for step, end in enumerate(ends)]
 
 
-def train(learner: Learner, data: TrainingData, epoch: int, pace: Pace) -> dict[str, float]:
-    """One epoch, or what of it there is time for; gives train_loss, train_accuracy and learning_rate."""
-    config, steps = learner.config, epoch_steps(data.train_rows, learner.config, epoch)
+@dataclass
+class Progress:
+    """Where a training stands between two steps: what `fit` needs to go on, beside the learner's state."""
+
+    epoch: int = 1
+    steps: int = 0                          # of this epoch that lie behind
+    images: int = 0                         # in them
+    totals: list[float] = field(default_factory=lambda: [0.0, 0.0])  # their summed loss, their hits
+    seconds: float = 0.0                    # of this epoch
+    trained: float = 0.0                    # seconds of the training so far
+    faults: float = 0.0                     # steps that had been left out before this epoch
+    history: list[dict] = field(default_factory=list)  # the rows of the epochs before
+    best: dict | None = None                # the best of them
+    setbacks: int = 0                       # how often training went back to a sound state
+
+    def close_epoch(self, row: dict, better: bool, faults: float) -> None:
+        """Enter an epoch's row, and turn to the next epoch."""
+        self.history.append(row)
+        self.best = row if better else self.best
+        self.epoch, self.steps, self.images, self.totals, self.seconds = self.epoch + 1, 0, 0, [0.0, 0.0], 0.0
+        self.faults = faults
+
+
+class Setback(Exception):
+    """Many steps one after another had no finite numbers, or the weights have none."""
+
+
+def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
+          keeper: "RunKeeper") -> dict[str, float]:
+    """The rest of an epoch, or what of it there is time for; gives train_loss, train_accuracy and learning_rate.
+
+    Raises Setback where the numbers have gone wrong, and Stopped after the step in which a signal came.
+    """
+    config, begun = learner.config, time.monotonic() - progress.seconds
+    steps = epoch_steps(data.train_rows, config, progress.epoch)
     shares = accumulation_shares(len(steps), config.accumulate)
-    totals, seen = torch.zeros(2, device=learner.runtime.device), 0  # summed loss and hits: read when shown
+    totals = torch.tensor(progress.totals, device=learner.runtime.device)  # read when shown, or kept
     learner.model.train()
     if config.freeze_epochs:
-        learner.freeze(epoch <= config.freeze_epochs)
-    with tqdm(total=len(data.train_rows), unit="img", unit_scale=True, leave=False, disable=None,
-              desc=f"epoch {epoch}/{config.num_epochs}") as bar:
-        for rows, (images, classes), (share, update) in zip(steps, map(data.dataset.batch, steps), shares):
-            progress = pace.progress(learner.step)
-            if progress >= 1:
+        learner.freeze(progress.epoch <= config.freeze_epochs)
+    rest = steps[progress.steps:]
+    with tqdm(total=len(data.train_rows), initial=progress.images, unit="img", unit_scale=True, leave=False,
+              disable=None, desc=f"epoch {progress.epoch}/{config.num_epochs}") as bar:
+        for rows, (images, classes), (share, update) in zip(rest, map(data.dataset.batch, rest),
+                                                            shares[progress.steps:]):
+            done = pace.progress(learner.step)
+            if done >= 1:
                 break
             taught = None if data.taught is None else data.taught[torch.from_numpy(rows).to(data.taught.device)]
-            totals += learner.learn(images, classes, epoch, progress, share, update, taught)
-            seen += len(rows)
+            totals += learner.learn(images, classes, progress.epoch, done, share, update, taught)
+            progress.steps, progress.images = progress.steps + 1, progress.images + len(rows)
             if bar.update(len(rows)):  # true when the bar was redrawn, ten times a second at the most
-                mean_loss, accuracy = (totals / seen).tolist()
+                mean_loss, accuracy = (totals / progress.images).tolist()
                 bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}", lr=f"{learner.learning_rate:.1e}",
                                 refresh=False)
-    mean_loss, accuracy = (totals / max(seen, 1)).tolist()
-    return {"train_loss": mean_loss, "train_accuracy": accuracy, "learning_rate": learner.learning_rate,
-            "images": seen}
+            if update and learner.updates % FAULT_STEPS == 0:
+                learner.check_faults()
+            if update and keeper.is_due():
+                progress.totals, progress.seconds = totals.tolist(), time.monotonic() - begun
+                learner.check_faults()
+                keeper.stops.check()
+                keeper.save(learner, progress, pace)
+    progress.totals, progress.seconds = totals.tolist(), time.monotonic() - begun
+    learner.check_faults()
+    mean_loss, accuracy = (totals / max(progress.images, 1)).tolist()
+    return {"train_loss": mean_loss, "train_accuracy": accuracy, "learning_rate": learner.learning_rate}
 
 
 def validate(model: nn.Module, data: TrainingData, config: Config, runtime: Runtime) -> dict[str, float]:
@@ -1705,44 +2097,214 @@ HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_acc
                    "val_class_accuracy", "learning_rate", "seconds"]
 
 
-def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = math.inf) -> pd.DataFrame:
+class RunKeeper:
+    """Keeps a training's state: in memory, to go back to, and in last.pth, from which another process can go on.
+
+    Without a path it keeps it in memory alone. `about` tells one run from another: settings, data, classes, device.
+    """
+
+    def __init__(self, config: Config, path: Path | None = None, about: dict | None = None,
+                 stops: StopSignals | None = None):
+        self.config, self.path, self.about, self.stops = config, path, about or {}, stops or StopSignals()
+        self.found, self.started, self.saved = None, time.monotonic(), time.monotonic()
+        if path and config.resume:
+            self.found = self.find()
+        elif path:
+            self.discard()
+
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """last.pth, the one before it, and the next one, which is whole before it takes its name."""
+        return tuple(self.path.with_name(f"last{part}.pth") for part in ("", ".before", ".next"))
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the run took in the processes before this one."""
+        return self.found["elapsed"] if self.found else 0.0
+
+    def find(self) -> dict | None:
+        """The state that an unfinished run left behind. Raises DataError if it is another run's, or spoilt."""
+        faults = []
+        for path in self.files[:2]:
+            try:
+                found = read_content(path)
+                difference = describe_difference(found["about"], self.about)
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # zipfile, pickle and torch each raise their own
+                faults.append(f"{path}: cannot be used ({type(error).__name__}: {first_line(error)})")
+                continue
+            if difference:
+                raise DataError(f"{path}: holds an unfinished run with {difference}; give its settings to go on with "
+                                "it, or --no-resume to start over")
+            for fault in faults:
+                print(f"warning: {fault}; the one before it is taken", file=sys.stderr)
+            best = found["progress"]["best"]
+            if best and not self.path.with_name(self.config.model_file).exists():
+                raise DataError(f"{path}: holds an unfinished run whose {self.config.model_file}, of epoch "
+                                f"{best['epoch']}, is gone; put it back, or start over with --no-resume")
+            return found
+        if faults:
+            raise DataError(f"{faults[0]}; remove it, or start over with --no-resume")
+        return None
+
+    def begin(self, learner: Learner, data: TrainingData, pace: Pace) -> Progress:
+        """Where training starts or goes on."""
+        if not self.found:
+            progress = Progress()
+            self.remember(learner, progress)
+            return progress
+        progress = self.recall(self.found, learner)
+        self.state = self.found
+        print(f"goes on from {self.files[0].name}: epoch {progress.epoch} of {self.config.num_epochs}, "
+              f"step {progress.steps} of {steps_in_epoch(data.train_rows, self.config)}, after "
+              f"{progress.trained / 60:.1f} minutes of training")
+        pace.go_on(progress.trained)
+        return progress
+
+    def recall(self, state: dict, learner: Learner) -> Progress:
+        """Put the learner into a state; gives the progress that belongs to it."""
+        learner.restore(state["learner"])
+        return Progress(**copy.deepcopy(state["progress"]))
+
+    def remember(self, learner: Learner, progress: Progress) -> None:
+        """Keep a state in memory."""
+        self.state = {"learner": learner.state(), "progress": dataclasses.asdict(progress)}
+
+    def is_due(self) -> bool:
+        """Whether it is time to save."""
+        late = self.path and time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
+        return bool(late) or self.stops.waiting is not None
+
+    def save(self, learner: Learner, progress: Progress, pace: Pace) -> None:
+        """Keep a state in memory and on the disk, where the one before it stays."""
+        progress.trained = pace.spent
+        self.remember(learner, progress)
+        if self.path:
+            last, before, following = self.files
+            elapsed = self.elapsed + time.monotonic() - self.started
+            write_content(following, {**self.state, "about": self.about, "elapsed": elapsed})
+            if last.exists():
+                os.replace(last, before)
+            os.replace(following, last)
+        self.saved = time.monotonic()
+
+    def go_back(self, learner: Learner, progress: Progress, pace: Pace) -> Progress:
+        """Return to the last sound state, to learn at half the rate; DataError after too many such returns."""
+        count = progress.setbacks + 1
+        if count > MOST_SETBACKS:
+            raise DataError(f"training diverges: no finite numbers in epoch {progress.epoch}, even at "
+                            f"{learner.rate:g} of the rate; start over with --no-resume and a --learning-rate below "
+                            f"{self.config.learning_rate:g}"
+                            + (f"; {self.config.model_file} holds epoch {progress.best['epoch']}" if progress.best else
+                               ""))
+        wrong, progress = progress.epoch, self.recall(self.state, learner)
+        progress.setbacks = count
+        learner.slow_down()
+        print(f"no finite numbers in {FAULT_LIMIT} steps of epoch {wrong}: back to epoch {progress.epoch}, step "
+              f"{progress.steps}, with {learner.rate:g} of the rate", flush=True)
+        self.save(learner, progress, pace)
+        return progress
+
+    def discard(self) -> None:
+        """Remove what was saved: the run is over, or starts over."""
+        for path in self.files if self.path else ():
+            path.unlink(missing_ok=True)
+
+
+def identify_run(config: Config, data: TrainingData, runtime: Runtime) -> dict:
+    """What makes a run the run that it is: its settings, its training data, its device."""
+    total = hashlib.sha256()
+    for values in (data.targets, data.train_rows, data.val_rows, data.dataset.images.cpu().numpy(),
+                   *([] if data.taught is None else [data.taught.cpu().numpy()])):
+        total.update(np.ascontiguousarray(values).data)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in RESUME_SETTINGS}
+    return {"settings": settings, "classes": data.classes, "data": total.hexdigest(),
+            "device": runtime.device.type}
+
+
+def describe_difference(found: dict, own: dict) -> str:
+    """What distinguishes two runs, in a few words; empty if nothing does."""
+    settings = [f"--{name.replace('_', '-')} {value} (not {own['settings'].get(name)})"
+                for name, value in found["settings"].items() if own["settings"].get(name) != value]
+    if settings:
+        return ", ".join(settings[:5])
+    if found["classes"] != own["classes"]:
+        return f"{len(found['classes'])} other classes"
+    if found["data"] != own["data"]:
+        return "other training rows or images"
+    return f"device {found['device']} (not {own['device']})" if found["device"] != own["device"] else ""
+
+
+def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = math.inf,
+        keeper: RunKeeper | None = None) -> pd.DataFrame:
     """Train a complete config; gives the history, one row an epoch, also written to history.csv.
 
     model_file in the output folder is the best epoch by select_by, or the last without validation rows. After
-    `seconds` training ends; the schedule is laid over the time there is.
+    `seconds` training ends; the schedule is laid over the time there is. A `keeper` with a path makes it a training
+    that can be stopped and goes on.
     """
-    folder, board = Path(config.output_dir), scalar_board(config)
+    keeper, board = keeper or RunKeeper(config), scalar_board(config)
     learner = Learner(config, start_model(config, data, runtime), len(data.classes), runtime)
     pace = Pace(config.num_epochs * steps_in_epoch(data.train_rows, config), seconds)
-    history, best = [], None
-    for epoch in range(1, config.num_epochs + 1):
-        started = time.monotonic()
-        row = {"epoch": epoch, **train(learner, data, epoch, pace)}
-        images, trained = row.pop("images"), time.monotonic()
-        if not images and history:  # the time ended with the epoch before
-            break
-        row |= validate(learner.result, data, config, runtime)
-        row["seconds"] = time.monotonic() - started
-        history.append(row)
-        print(describe_epoch(row, config.num_epochs, images / (trained - started)), flush=True)
-        if board:
-            for name, value in row.items():
-                board.add_scalar(name, value, epoch)
-            board.flush()
-        if config.schedule == "plateau":
-            learner.plateau.step(row["val_accuracy"])
-        if best is None or is_better(row, best, config):
-            best = row
-            save_checkpoint(folder / config.model_file, learner.result, config, data.classes, data.statistics, row)
-        with whole_file(folder / "history.csv") as temporary:
-            pd.DataFrame(history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
-        waited = epoch - best["epoch"]
-        if config.early_stopping and waited >= config.early_stopping and epoch < config.num_epochs:
-            print(f"stopped early: {waited} epochs without a better validation {config.select_by}")
-            break
-        if pace.progress(learner.step) >= 1:
-            break
-    return pd.DataFrame(history, columns=HISTORY_COLUMNS)
+    with keeper.stops.hold():
+        progress = keeper.begin(learner, data, pace)
+        while not is_over(config, progress, pace.progress(learner.step)):
+            try:
+                row = {"epoch": progress.epoch, **train(learner, data, progress, pace, keeper)}
+                if not progress.images and progress.history:  # the time ended with the epoch before
+                    break
+                begun = time.monotonic()
+                with keeper.stops.hold(False):
+                    row |= validate(learner.result, data, config, runtime)
+            except Setback:
+                progress = keeper.go_back(learner, progress, pace)
+                continue
+            except Stopped as stop:
+                keeper.save(learner, progress, pace)
+                raise Stopped(stop.number, f"saved in {keeper.files[0]}; the same command goes on from there"
+                              if keeper.path else "") from None
+            except torch.OutOfMemoryError:
+                raise DataError(f"out of memory with batches of {config.batch_size} images; try --batch-size "
+                                f"{max(config.batch_size // 2, 2)}, with --accumulate {2 * config.accumulate} for the "
+                                "same steps") from None
+            row["seconds"] = progress.seconds + time.monotonic() - begun
+            close_epoch(learner, data, progress, pace, keeper, row, board)
+    return pd.DataFrame(progress.history, columns=HISTORY_COLUMNS)
+
+
+def is_over(config: Config, progress: Progress, done: float) -> bool:
+    """Whether no epoch is to follow: all are done, the time is over, or epochs enough were no better."""
+    if not progress.history:
+        return False
+    waited = progress.history[-1]["epoch"] - progress.best["epoch"]
+    if config.early_stopping and waited >= config.early_stopping and progress.epoch <= config.num_epochs:
+        print(f"stopped early: {waited} epochs without a better validation {config.select_by}")
+        return True
+    return progress.epoch > config.num_epochs or (done >= 1 and not progress.steps)
+
+
+def close_epoch(learner: Learner, data: TrainingData, progress: Progress, pace: Pace, keeper: RunKeeper, row: dict,
+                board) -> None:
+    """Print an epoch's row, keep the network if it is the best, and save the state, in this order."""
+    config, folder = learner.config, Path(learner.config.output_dir)
+    faults = learner.faults[0].item()
+    print(describe_epoch(row, config.num_epochs, progress.images / progress.seconds)
+          + (f"  {faults - progress.faults:.0f} steps left out: no finite numbers" if faults > progress.faults else ""),
+          flush=True)
+    if board:
+        for name, value in row.items():
+            board.add_scalar(name, value, row["epoch"])
+        board.flush()
+    if config.schedule == "plateau":
+        learner.plateau.step(row["val_accuracy"])
+    better = progress.best is None or is_better(row, progress.best, config)
+    if better:
+        save_checkpoint(folder / config.model_file, learner.result, config, data.classes, data.statistics, row)
+    progress.close_epoch(row, better, faults)
+    with whole_file(folder / "history.csv") as temporary:
+        pd.DataFrame(progress.history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
+    keeper.save(learner, progress, pace)
 
 
 def scalar_board(config: Config):
@@ -1773,10 +2335,11 @@ def describe_epoch(row: dict, epochs: int, images_per_second: float) -> str:
     return text + f"  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s  {images_per_second:,.0f} images/s"
 
 
-def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime: Runtime, started: float) -> float:
+def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime: Runtime, started: float,
+                     goes_on: bool = False) -> float:
     """What max_minutes leaves for training beside the last validation, prediction and writing, as measured here.
 
-    Raises DataError if nothing is left.
+    Raises DataError if nothing is left, unless it is a training that goes on.
     """
     if not config.max_minutes:
         return math.inf
@@ -1790,10 +2353,10 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     images = 2 * len(data.val_rows) + test_rows + (len(data.train_rows) if config.neighbours else 0)
     reserve = 10 + 10 * config.pictures + 1.5 * per_image * images  # seconds to import, to write, to exit and to draw
     left = started + 60 * config.max_minutes - time.monotonic() - reserve
-    if left <= 0:
+    if left <= 0 and not goes_on:
         raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: the start took "
                         f"{time.monotonic() - started:.0f} s, validation and prediction will take {reserve:.0f} s")
-    return left
+    return max(left, 0.0)
 
 
 # ==== 9. Prediction ===================================================================================================
@@ -1902,7 +2465,7 @@ def validation_datasets(members: list[Trained], config: Config,
         raise DataError("the checkpoints were split by different --split-seed or --train-val-split: what one was "
                         "trained on, another would be validated on; score them one by one")
     own, classes = members[0].config, members[0].classes
-    config = dataclasses.replace(config, train_csv=own.train_csv, root_dir=own.root_dir)
+    config = dataclasses.replace(config, train_csv=own.train_csv, root_dir=own.root_dir, on_bad_image=own.on_bad_image)
     table = read_train_table(config)
     if set(table.rows.label) != set(classes):
         raise DataError(f"{table.path}: not the classes that the checkpoint was trained on; name its own "
@@ -1911,11 +2474,30 @@ def validation_datasets(members: list[Trained], config: Config,
     rows = split_rows(targets, members[0].config)[1]
     if not len(rows):
         raise DataError("the checkpoint was trained on every row (--train-val-split 1): none is left to validate on")
+    load_all_images([table], config, members[0].statistics)  # tells which of them cannot be used
+    rows = np.setdiff1d(rows, table.bad)
     return member_datasets(members, table, rows, config, runtime), targets[rows]
 
 
+def answer_for_bad_images(table: Table, probabilities: np.ndarray, classes: list[str]) -> None:
+    """Give the rows without a usable image the answer that most others got, and say so."""
+    if not len(table.bad):
+        return
+    others = np.setdiff1d(np.arange(len(table)), table.bad)
+    commonest = np.bincount(probabilities[others].argmax(axis=1), minlength=len(classes)).argmax()
+    probabilities[table.bad] = np.eye(len(classes), dtype=np.float32)[commonest]
+    print(f"warning: {len(table.bad)} of {len(table):,} rows of {table.path} have no usable image: they are given the "
+          f"label {classes[commonest]!r}, the most frequent answer", file=sys.stderr)
+
+
 def write_submission(path: Path, table: Table, probabilities: np.ndarray, classes: list[str]) -> None:
-    """Write the table's ids in its order, each with its label, and read it back before it gets its name."""
+    """Write the table's ids in its order, each with its label, and read it back before it gets its name.
+
+    Raises DataError where there is not one row of probabilities to each row of the table, or not every one is a number.
+    """
+    if probabilities.shape != (len(table), len(classes)) or not np.isfinite(probabilities).all():
+        raise DataError(f"{path}: not written: {probabilities.shape} probabilities, or some that are no numbers, for "
+                        f"{len(table)} rows and {len(classes)} classes")
     predicted = np.array(classes, dtype=object)[probabilities.argmax(axis=1)]
     cells = zip(table.submission_columns, (table.rows.example_id.to_numpy(), predicted))
     submission = pd.DataFrame(dict(cells)).astype("str")
@@ -2171,7 +2753,8 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData
     train_table, test_table = read_train_table(config), read_test_table(config)
     classes = sort_classes(train_table.rows.label)
     targets = pd.Categorical(train_table.rows.label, categories=classes).codes.astype(np.int64)
-    print(describe_classes(classes, targets))
+    check_sample_submission(config, test_table, classes)
+    print(describe_classes(classes, targets) + describe_repeats(train_table))
     train_rows, val_rows = split_rows(targets, config)
     if (config.schedule == "plateau" or config.early_stopping) and not len(val_rows):
         raise UsageError("--schedule plateau and --early-stopping need validation rows, and no class has "
@@ -2181,6 +2764,9 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData
     statistics = look_at_images(train_table, config)
     train_images, test_images = load_all_images([train_table, test_table], config, statistics)
     dataset = MathSymbolDataset(train_images, targets, runtime, config.pin_memory)
+    train_rows, val_rows = (np.setdiff1d(rows, train_table.bad) for rows in (train_rows, val_rows))
+    if len(train_rows) < 2:
+        raise DataError(f"{train_table.path}: fewer than two rows have an image that can be used")
     print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on, {len(test_table):,} to predict; "
           f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels\n"
           f"model {config.model}{f' (auto: the choice for {runtime.device.type})' if asked == 'auto' else ''}\n"
@@ -2190,15 +2776,19 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData
             MathSymbolDataset(test_images, None, runtime, config.pin_memory))
 
 
-def run(config: Config, started: float) -> None:
-    """Train, predict, write the submission."""
+def run(config: Config, started: float, stops: StopSignals) -> None:
+    """Train, predict, write the submission; or go on with it where an earlier process was stopped."""
     folder, runtime = output_folder(config), start_runtime(config)
     print(f"device {runtime.describe()}")
     symbols = read_symbols(config)
     config, data, test_table, test_dataset = prepare_data(config, runtime)
-    seconds = seconds_to_train(config, data, len(test_table), runtime, started)
-    history = fit(config, data, runtime, seconds)
+    keeper = RunKeeper(config, folder / "last.pth", identify_run(config, data, runtime), stops)
+    started -= keeper.elapsed
+    seconds = seconds_to_train(config, data, len(test_table), runtime, started, goes_on=keeper.found is not None)
+    history = fit(config, data, runtime, seconds, keeper)
     best = load_checkpoint(folder / config.model_file)
+    if isinstance(best.model, NeighbourVote):  # the process before this one was stopped after it had learnt this
+        best = dataclasses.replace(best, model=best.model.network)
     if config.neighbours:
         best = dataclasses.replace(best, model=remember(best, data, runtime))
     judged = judge([best], [data.dataset], data.val_rows, data.targets, runtime) if len(data.val_rows) else None
@@ -2207,6 +2797,7 @@ def run(config: Config, started: float) -> None:
         best = dataclasses.replace(best, metrics=metrics)
         save_checkpoint(folder / config.model_file, best.model, config, data.classes, data.statistics, metrics)
     probabilities = ensemble_predict([best], [test_dataset], runtime)
+    answer_for_bad_images(test_table, probabilities, data.classes)
     write_submission(folder / config.submission_file, test_table, probabilities, data.classes)
     if judged:
         write_probabilities(folder / "val_probabilities.npz", judged, data.classes)
@@ -2217,6 +2808,7 @@ def run(config: Config, started: float) -> None:
         plot_curves(folder / "curves.png", history, best.metrics["epoch"])
     if judged:
         write_judgement(folder, "", judged, data.classes, symbols, config.pictures)
+    keeper.discard()
     print(describe_result(config, best.metrics, history, started))
 
 
@@ -2224,8 +2816,10 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     """Write the submission of one or more checkpoints, their probabilities averaged."""
     folder, (members, runtime) = output_folder(config), load_members(config, checkpoints)
     table = read_test_table(config)
+    check_sample_submission(config, table, members[0].classes)
     datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
     probabilities = ensemble_predict(members, datasets, runtime)
+    answer_for_bad_images(table, probabilities, members[0].classes)
     write_submission(folder / config.submission_file, table, probabilities, members[0].classes)
     what = "one network" if len(members) == 1 else f"the mean of {len(members)} networks"
     print(f"wrote {folder / config.submission_file}: {len(table):,} rows, {what}, on {runtime.describe()}; "
@@ -2242,10 +2836,11 @@ def evaluate_command(config: Config, checkpoints: list[str], started: float) -> 
                         f"{len(classes)} classes that the checkpoint knows; remove the row or name another table")
     targets = pd.Categorical(table.rows.label, categories=classes).codes.astype(np.int64)
     datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
-    judged = judge(members, datasets, np.arange(len(table)), targets, runtime)
-    figures = score(judged.probabilities, targets)
+    rows = np.setdiff1d(np.arange(len(table)), table.bad)
+    judged = judge(members, datasets, rows, targets, runtime)
+    figures = score(judged.probabilities, judged.targets)
     write_judgement(folder, "evaluation_", judged, classes, read_symbols(config), config.pictures)
-    print(f"{len(table):,} rows of {table.path}: loss {figures['val_loss']:.4f}, "
+    print(f"{len(rows):,} rows of {table.path}: loss {figures['val_loss']:.4f}, "
           f"accuracy {figures['val_accuracy']:.2%}, top 3 {figures['val_top3_accuracy']:.2%}, "
           f"per class {figures['val_class_accuracy']:.2%}")
     if len(classes) <= LARGEST_MATRIX:
@@ -2288,7 +2883,8 @@ def describe_result(config: Config, metrics: dict, history: pd.DataFrame, starte
     seconds = time.monotonic() - started
     text = f"kept epoch {metrics['epoch']} of {len(history)}"
     if "val_accuracy" in metrics:
-        alone = f"network alone {history.val_accuracy[metrics['epoch'] - 1]:.2%}, " if config.neighbours else ""
+        kept = history.val_accuracy[history.epoch == metrics["epoch"]]  # none if a kill came between it and last.pth
+        alone = f"network alone {kept.iloc[0]:.2%}, " if config.neighbours and len(kept) else ""
         text += (f": validation accuracy {metrics['val_accuracy']:.2%}, top 3 {metrics['val_top3_accuracy']:.2%}, "
                  f"per class {metrics['val_class_accuracy']:.2%} (of the rows that chose the epoch); "
                  f"{alone}last epoch {history.val_accuracy.iloc[-1]:.2%}")
@@ -2297,10 +2893,11 @@ def describe_result(config: Config, metrics: dict, history: pd.DataFrame, starte
             f"total time {int(seconds) // 60} min {seconds % 60:.0f} s, peak memory {peak_memory_gb()} GB")
 
 
-def exit_status(action: Callable[[], None], stopped: str) -> int:
-    """Do a program's work; gives 0, or after one line on stderr 1 for bad data, 2 for bad usage, 130 for Ctrl-C."""
+def exit_status(action: Callable[[StopSignals], None], stopped: str) -> int:
+    """Do a program's work; gives 0, or after one line on stderr 1 for bad data, 2 for bad usage, 128 and a signal."""
     try:
-        action()
+        with StopSignals() as stops:
+            action(stops)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_status
@@ -2310,9 +2907,10 @@ def exit_status(action: Callable[[], None], stopped: str) -> int:
     except (torch.OutOfMemoryError, MemoryError) as error:
         print(f"error: out of memory ({first_line(error)}); try half the --batch-size", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"stopped; {stopped}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        print(f"stopped by {signal.Signals(number).name}: {str(stop) or stopped}", file=sys.stderr)
+        return 128 + number
     return 0
 
 
@@ -2320,9 +2918,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line; gives the exit status."""
     started = time.monotonic()
     command, checkpoints, config = parse_command_line(argv)
-    work = {"predict": predict_command, "evaluate": evaluate_command}.get(command)
-    return exit_status(lambda: work(config, checkpoints, started) if work else run(config, started),
-                       f"{config.model_file} holds the best epoch so far, if one was finished")
+    if command == "run":
+        return exit_status(lambda stops: run(config, started, stops), "the same command goes on with what is saved in "
+                           f"last.pth in {config.output_dir}, or starts over where there is none")
+    work = {"predict": predict_command, "evaluate": evaluate_command}[command]
+    return exit_status(lambda _: work(config, checkpoints, started), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -256,4 +256,4 @@ def test_interruption_is_one_line_and_status_130(main_in_process, monkeypatch):
 
     monkeypatch.setattr(script, "train", interrupt)
     status, _, error = main_in_process(*QUICK)
-    assert status == 130 and error.startswith("stopped; ")
+    assert status == 130 and error.startswith("stopped by SIGINT: the same command goes on")

@@ -134,7 +134,7 @@ def test_an_added_row_and_a_removed_file_are_noticed(competition, tmp_path):
     images = load(competition, tmp_path)
     assert len(images) == 101 and np.array_equal(images[100, 0], 255 - drawing())
     (competition / "Dataset_Image" / "new.png").unlink()
-    with pytest.raises(DataError, match=r"row 102: new.png: no such file"):
+    with pytest.raises(DataError, match=r"row 102: 'new.png': no such file"):
         load(competition, tmp_path)
 
 
@@ -168,10 +168,11 @@ def test_the_first_ten_bad_images_are_listed_by_row(competition, tmp_path, monke
     with pytest.raises(DataError) as error:
         load(competition, tmp_path)
     lines = str(error.value).splitlines()
-    assert lines[0] == "14 images cannot be used; replace each file or remove its row:"
+    assert lines[0] == ("14 images cannot be used; replace each file or remove its row, or leave them out with "
+                        "--on-bad-image skip:")
     assert len(lines) == 12 and lines[-1] == "  and 4 more"
     for line, position, cause in zip(lines[1:], faults, ["empty", "not an image", "truncated", "no such file"]):
-        assert f"train.csv, row {position + 2}: {table.image_path.iloc[position]}: " in line and cause in line
+        assert f"train.csv, row {position + 2}: {table.image_path.iloc[position]!r}: " in line and cause in line
     decoded, real = [], script.decode_images
     monkeypatch.setattr(script, "decode_images", lambda paths, *rest: decoded.extend(paths) or real(paths, *rest))
     with pytest.raises(DataError, match="14 images"):

@@ -48,10 +48,10 @@ def test_pixel_tables_keep_ids_that_they_have(tmp_path):
 def test_pixels_become_ink_on_zero(tmp_path):
     write_pixels(tmp_path)
     table = script.read_train_table(Config(data_dir=str(tmp_path)))
-    black, white = (script.load_images(table, Config(), script.ImageStatistics(paper, SIDE))[0] for paper in (0, 255))
+    black, white = (script.load_images(table, Config(), script.ImageStatistics(paper, SIDE)) for paper in (0, 255))
     assert black.shape == (6, 1, SIDE, SIDE) and np.array_equal(black[:, 0], table.pixels)
     assert np.array_equal(white, 255 - black)
-    small, _ = script.load_images(table, Config(), script.ImageStatistics(0, 2))
+    small = script.load_images(table, Config(), script.ImageStatistics(0, 2))
     assert small.shape == (6, 1, 2, 2)
 
 

@@ -66,7 +66,7 @@ def test_a_cell_that_diverges_is_a_row(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(script.Learner, "descend", explode)
     assert sweep.main([*arguments, "--learning-rate", "100,0.1"]) == 0
     rows = pd.read_csv(tmp_path / "out" / "sweep.csv")
-    assert "diverged" in rows.fault[0] and rows.epochs.tolist() == [0, 2]
+    assert "diverges" in rows.fault[0] and rows.epochs.tolist() == [0, 2]
     assert rows.val_accuracy.notna().tolist() == [False, True]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import signal
 import sys
 import time
 import types
@@ -250,6 +251,147 @@ def test_the_pace_is_by_steps_or_by_the_clock(monkeypatch):
     assert unlimited.progress(10) == 1 and limited.progress(5) == 1
 
 
+def stop_after(monkeypatch, stops, steps):
+    """Let a stop signal come in the so-manyth step from now."""
+    real, left = Learner.learn, [steps]
+
+    def learn(self, *arguments, **options):
+        left[0] -= 1
+        if left[0] == 0:
+            stops.waiting = signal.SIGTERM
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(Learner, "learn", learn)
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"optimizer": "sgd", "learning_rate": 0.05}, {"optimizer": "adam", "schedule": "onecycle"}, {"accumulate": 3},
+    {"schedule": "plateau", "plateau_patience": 0}, {"average_decay": 0.0}, {"mixup": True}, {"max_grad_norm": 0.0},
+    {"precision": "bf16"}, {"freeze_epochs": 1}, {"normalize": "min-max"}, {"early_stopping": 3, "select_by": "loss"},
+    {"train_val_split": 1.0}, {"optimizer": "sgd", "momentum": 0.0, "schedule": "cyclic"}])
+def test_a_training_goes_on_bit_for_bit(tmp_path, monkeypatch, settings):
+    data, config = small_data(44), dataclasses.replace(SMALL, num_epochs=4, **settings)
+    if config.train_val_split == 1:
+        data = dataclasses.replace(data, train_rows=np.arange(44), val_rows=np.arange(0))
+    runtime = dataclasses.replace(CPU, precision=config.precision)
+    results = []
+    for name, pauses in (("whole", []), ("stopped", [1, 4, 7])):
+        own = dataclasses.replace(config, output_dir=str(tmp_path / name))
+        (tmp_path / name).mkdir()
+        for steps in [*pauses, None]:
+            keeper = script.RunKeeper(own, tmp_path / name / "last.pth", script.identify_run(own, data, runtime))
+            with monkeypatch.context() as patches:
+                if steps is None:
+                    history = script.fit(own, data, runtime, keeper=keeper)
+                    continue
+                stop_after(patches, keeper.stops, steps)
+                with pytest.raises(script.Stopped, match="the same command goes on from there"):
+                    script.fit(own, data, runtime, keeper=keeper)
+        states = [script.read_content(tmp_path / name / file) for file in ("best_model.pth", "last.pth")]
+        results.append((script.digest(states[0]["model"]), script.digest(states[1]["learner"]),
+                        history.drop(columns="seconds").to_csv()))
+    assert results[0] == results[1]
+
+
+def poisoned(monkeypatch, steps, poison):
+    """Let some steps, counted from 1 and over all trainings, be poisoned."""
+    real, count = Learner.learn, itertools.count(1)
+
+    def learn(self, images, *rest, **options):
+        if next(count) in steps:
+            poison(self)
+        return real(self, images, *rest, **options)
+
+    monkeypatch.setattr(Learner, "learn", learn)
+
+
+def inputs_that_overflow(learner):
+    """The first layer's next outputs, and so the loss, the gradients and the statistics, are not numbers."""
+    first = next(layer for layer in learner.model.modules() if isinstance(layer, torch.nn.Conv2d))
+
+    def spoil(_, __, output):
+        handle.remove()
+        return output * math.nan
+
+    handle = first.register_forward_hook(spoil)
+
+
+def all_finite(state: dict) -> bool:
+    return all(value.isfinite().all() for value in state.values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("settings", [{}, {"average_decay": 0.0}, {"optimizer": "sgd"}, {"accumulate": 2}])
+def test_a_step_without_finite_numbers_is_left_out(tmp_path, monkeypatch, capsys, settings):
+    poisoned(monkeypatch, {1, 6}, inputs_that_overflow)
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), **settings)
+    history = script.fit(config, small_data(), CPU)
+    assert "1 steps left out: no finite numbers" in capsys.readouterr().out
+    assert history.train_loss.notna().all() and history.val_loss.notna().all()
+    assert all_finite(script.load_checkpoint(tmp_path / "best_model.pth").model.state_dict())
+
+
+def test_a_step_that_is_left_out_changes_nothing():
+    data, learner = small_data(), learner_of(SMALL)
+    batch = data.dataset.batch(np.arange(8))
+    learner.learn(*batch, epoch=1, progress=0.1)
+    before = learner.state()
+    inputs_that_overflow(learner)
+    learner.learn(*batch, epoch=1, progress=0.1)
+    after = learner.state()
+    for name in ("model", "average", "optimizer"):
+        plain = [{key: value for key, value in state[name].items() if "num_batches" not in key}
+                 for state in (before, after)]
+        for state in plain if name == "optimizer" else ():
+            for group in state["param_groups"]:
+                group.pop("lr")
+        assert script.digest(plain[0]) == script.digest(plain[1]), name
+    assert after["faults"].tolist() == [1, 1]
+
+
+def test_a_weight_that_is_no_number_never_reaches_the_average(tmp_path, monkeypatch, capsys):
+    """A NaN that no loss shows: in a batch-norm statistic, which training does not read, or in a weight."""
+    def spoil_statistics(learner):
+        learner.statistics[0] = math.nan
+
+    poisoned(monkeypatch, {3}, spoil_statistics)
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path))
+    script.fit(config, small_data(), CPU)
+    assert all_finite(script.load_checkpoint(tmp_path / "best_model.pth").model.state_dict())
+    assert "1 steps left out" in capsys.readouterr().out
+
+
+def test_training_goes_back_and_learns_more_slowly(tmp_path, monkeypatch, capsys):
+    def spoil_a_weight(learner):
+        learner.weights[0].data[0] = math.nan
+
+    poisoned(monkeypatch, {10}, spoil_a_weight)
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=4)
+    history = script.fit(config, small_data(), CPU)
+    out = capsys.readouterr().out
+    assert "no finite numbers" in out and "back to epoch 3, step 0, with 0.5 of the rate" in out
+    assert len(history) == 4 and all_finite(script.load_checkpoint(tmp_path / "best_model.pth").model.state_dict())
+
+
+def test_training_that_always_diverges_ends_with_the_best_model_intact(tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, set(range(10, 10_000)), inputs_that_overflow)
+    monkeypatch.setattr(script, "FAULT_STEPS", 5)
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=40)
+    with pytest.raises(DataError, match=r"training diverges: .* at 0.125 of the rate; .* --learning-rate below 0.003; "
+                                        r"best_model.pth holds epoch [12]$"):
+        script.fit(config, small_data(), CPU)
+    assert capsys.readouterr().out.count("of the rate") == 3
+    assert script.load_checkpoint(tmp_path / "best_model.pth").metrics["epoch"] <= 2
+
+
+def test_running_out_of_memory_names_the_batch_size_to_try(tmp_path, monkeypatch):
+    def exhaust(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Learner, "learn", exhaust)
+    with pytest.raises(DataError, match="out of memory with batches of 8 images; try --batch-size 4, with --accum"):
+        script.fit(dataclasses.replace(SMALL, output_dir=str(tmp_path)), small_data(), CPU)
+
+
 def test_averaged_weights_follow_a_decay_that_warms_up():
     model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1))
     average = script.AveragedWeights(model, decay=0.5)
@@ -258,7 +400,7 @@ def test_averaged_weights_follow_a_decay_that_warms_up():
         with torch.no_grad():
             model[0].weight += 1
             model[1].running_mean += 1
-        average.update(step)
+        average.update(step, torch.ones(()))
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * model[0].weight.detach()
     assert torch.allclose(average.model[0].weight, expected)
@@ -392,14 +534,15 @@ def checkpoint(tmp_path, **content):
     config = SMALL
     model = script.build_model(config, 3)
     script.save_checkpoint(path, model, config, ["1", "2", "NA"], ImageStatistics(0, 8), {"epoch": 1})
-    torch.save({**torch.load(path, weights_only=True), **content}, path)
+    script.write_content(path, {**script.read_content(path), **content})
     return path, model
 
 
 def test_a_checkpoint_holds_all_that_prediction_needs(tmp_path):
     path, model = checkpoint(tmp_path)
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"model", "config", "classes", "image_statistics", "metrics", "versions", "memory"}
+    assert set(content) == {"model", "config", "classes", "image_statistics", "metrics", "versions", "memory",
+                            "sha256"}
     assert set(content["config"]) == set(dataclasses.asdict(SMALL))
     assert {"torch", "python", "numpy"} <= content["versions"].keys()
     trained = script.load_checkpoint(path)

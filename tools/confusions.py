@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output-dir", default=".", help="folder of confused_pairs.csv and confused_groups.png")
     parser.add_argument("--threshold", type=float, default=0.75, help="share below which two classes are one (0.75)")
     given = parser.parse_args(argv)
-    return script.exit_status(lambda: report(given), "nothing was written")
+    return script.exit_status(lambda _: report(given), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -157,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", help="where the training table lies now, if it was moved")
     parser.add_argument("--cache-dir")
     given = parser.parse_args(argv)
-    return script.exit_status(lambda: report(given), "report.html was not written")
+    return script.exit_status(lambda _: report(given), "report.html was not written")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
                                      allow_abbrev=False)
     parser.add_argument("--sweep-dir", type=Path, default=Path("sweep"), help="folder of what is written")
     given, flags = parser.parse_known_args(argv)
-    return script.exit_status(lambda: run(given.sweep_dir, flags, started),
+    return script.exit_status(lambda _: run(given.sweep_dir, flags, started),
                               "the same command goes on with the next cell")
 
 

@@ -1,0 +1,311 @@
+"""Faults: real processes that are killed, stopped or run out of something, and what is left of their runs."""
+
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import victim
+from conftest import REPOSITORY, make_competition
+
+import script
+
+# A run of nine steps, each saved; the tiny network's state is a few hundred kilobytes.
+SMALL = ["--model", "tiny", "--image-size", "16", "--batch-size", "32", "--num-epochs", "3", "--no-pictures",
+         "--neighbours", "5", "--device", "cpu", "--checkpoint-minutes", "0"]
+
+
+class Runs:
+    """Runs of one competition, each in its own folder, by processes forked from one that has imported script.py."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.data = folder, make_competition(folder / "competition")
+        self.context = multiprocessing.get_context("forkserver")
+        with pytest.MonkeyPatch.context() as patches:  # what the first of them starts with, all have
+            patches.setenv("OMP_NUM_THREADS", "1")
+            patches.setenv("PYTHONPATH", str(Path(victim.__file__).parent))
+            self.context.set_forkserver_preload(["victim"])
+            self.reference = self.run("reference", keep=True)
+
+    def arguments(self, name: str, *flags: str) -> list[str]:
+        return [*SMALL, "--data-dir", str(self.data), "--output-dir", str(self.folder / name), "--cache-dir",
+                str(self.folder / "cache"), *flags]
+
+    def start(self, name: str, *flags: str, **options) -> multiprocessing.Process:
+        process = self.context.Process(target=victim.live, kwargs=options, args=(
+            self.arguments(name, *flags), str(self.folder / f"{name}.log")))
+        process.start()
+        return process
+
+    def run(self, name: str, *flags: str, status: int = 0, **options) -> Path:
+        process = self.start(name, *flags, **options)
+        process.join(120)
+        assert process.exitcode == status, self.log(name)
+        return self.folder / name
+
+    def log(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("faults"))
+
+
+def result(folder: Path) -> dict:
+    """All that a run gives, but for the seconds it took."""
+    best = script.read_content(folder / "best_model.pth")
+    best["metrics"].pop("seconds")
+    for name in ("output_dir", "cache_dir", "checkpoint_minutes"):
+        best["config"].pop(name)
+    history = pd.read_csv(folder / "history.csv").drop(columns="seconds")
+    last = script.read_content(folder / "last.pth")
+    return {"best": script.digest(best), "history": history.to_csv(), "learner": script.digest(last["learner"]),
+            "submission": (folder / "submission.csv").read_text(),
+            "probabilities": np.load(folder / "val_probabilities.npz")["probabilities"].tobytes()}
+
+
+def assert_same(runs: Runs, name: str) -> None:
+    left = [path.name for path in (runs.folder / name).iterdir() if path.name.startswith(".")]
+    assert not left, "a file of a killed process was left behind"
+    own, expected = result(runs.folder / name), result(runs.reference)
+    for part in expected:
+        assert own[part] == expected[part], f"{part} differs\n{runs.log(name)}"
+
+
+def kill_and_go_on(runs: Runs, name: str, rng: np.random.Generator, kills: int, longest: float) -> int:
+    """Kill a run at random moments, each time go on with it, and compare; gives how many kills met a living process."""
+    met = 0
+    for _ in range(kills):
+        process = runs.start(name, keep=True)
+        process.join(rng.uniform(0.1, longest))
+        if process.exitcode is not None:  # it was over before
+            assert process.exitcode == 0, runs.log(name)
+            break
+        process.kill()
+        process.join()
+        met += 1
+    runs.run(name, keep=True)
+    assert_same(runs, name)
+    return met
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_been(runs):
+    rng, longest = np.random.default_rng(0), seconds_of_a_run(runs)
+    assert sum(kill_and_go_on(runs, f"killed{number}", rng, 3, longest) for number in range(2)) >= 3
+    assert "goes on from last.pth: epoch " in runs.log("killed0") + runs.log("killed1")
+
+
+def seconds_of_a_run(runs: Runs) -> float:
+    started = time.monotonic()
+    runs.run(f"timed{started}", keep=True)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("call, half", [(1, True), (9, False), (40, True), (67, False)])
+def test_a_kill_inside_a_checkpoints_writing_loses_nothing(runs, call, half):
+    name = f"inside{call}"
+    runs.run(name, status=-signal.SIGKILL, call=call, half=half, keep=True)
+    runs.run(name, keep=True)
+    assert_same(runs, name)
+
+
+@pytest.mark.slow
+def test_fifty_kills(runs):
+    """The README's count: kills at random moments, three to a run, and kills inside the writing of checkpoints."""
+    rng, longest, met, runs_killed = np.random.default_rng(1), seconds_of_a_run(runs), 0, 0
+    while met < 50:
+        met += kill_and_go_on(runs, f"random{runs_killed}", rng, 3, longest)
+        runs_killed += 1
+    inside = rng.integers(1, 80, 20)
+    for number, call in enumerate(inside):
+        runs.run(f"writing{number}", status=-signal.SIGKILL, call=int(call), half=bool(number % 2), keep=True)
+        runs.run(f"writing{number}", keep=True)
+        assert_same(runs, f"writing{number}")
+    print(f"{met} kills at random moments of {runs_killed} runs, {len(inside)} inside the writing of a checkpoint: "
+          "every run ended with the same bits")
+
+
+@pytest.mark.slow
+def test_the_real_command_is_killed_and_goes_on(tmp_path):
+    """Two threads, the light network in bf16 where the CPU has it, and the pictures: as a user runs it."""
+    data = make_competition(tmp_path / "competition", 200)
+    common = [sys.executable, str(REPOSITORY / "script.py"), "--data-dir", str(data), "--cache-dir",
+              str(tmp_path / "c"), "--image-size", "16", "--batch-size", "32", "--num-epochs", "4", "--model", "cnn",
+              "--checkpoint-minutes", "0.005", "--device", "cpu"]
+    results = []
+    for name, kills in (("whole", 0), ("killed", 3)):
+        command = [*common, "--output-dir", str(tmp_path / name)]
+        for _ in range(kills):
+            with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+                for line in process.stdout:
+                    if line.startswith("epoch"):
+                        process.kill()
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0 and ("goes on" in done.stdout) == (kills > 0), done.stderr
+        best = script.read_content(tmp_path / name / "best_model.pth")
+        results.append((script.digest(best["model"]), script.digest(best["memory"]),
+                        (tmp_path / name / "submission.csv").read_text()))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
+def test_a_signal_saves_says_so_and_the_run_goes_on(runs, name, status):
+    process = runs.start(name, "--checkpoint-minutes", "60", keep=True)
+    wait_for(runs, name, "epoch   1/3")
+    os.kill(process.pid, getattr(signal, name))
+    process.join(10)
+    assert process.exitcode == status, runs.log(name)
+    last = runs.log(name).strip().split("\n")[-1]
+    assert last.startswith(f"stopped by {name}: saved in ") and last.endswith("the same command goes on from there")
+    assert "Traceback" not in runs.log(name)
+    runs.run(name, "--checkpoint-minutes", "60", keep=True)
+    assert_same(runs, name)
+
+
+def wait_for(runs: Runs, name: str, text: str) -> None:
+    """Return when a run has printed a text."""
+    until = time.monotonic() + 60
+    while not (runs.folder / f"{name}.log").exists() or text not in runs.log(name):
+        assert time.monotonic() < until, runs.log(name)
+        time.sleep(0.002)
+
+
+def test_a_second_interrupt_stops_at_once():
+    code = ("import os, signal, script\nkill = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+            "with script.StopSignals() as stops, stops.hold():\n    kill()\n    print('held', flush=True)\n    kill()\n"
+            "    print('not reached', flush=True)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (130, "held\n") and done.stderr.startswith("stopped at once")
+
+
+@pytest.fixture(scope="module")
+def unfinished(runs) -> Path:
+    """The folder of a run that was killed in its third epoch."""
+    runs.run("unfinished", status=-signal.SIGKILL, call=62)
+    return runs.folder / "unfinished"
+
+
+def half_done(runs: Runs, unfinished: Path, name: str) -> Path:
+    """Another copy of the unfinished run."""
+    return Path(shutil.copytree(unfinished, runs.folder / name))
+
+
+@pytest.mark.parametrize("flags, difference", [
+    (["--learning-rate", "0.02"], "--learning-rate 0.01 (not 0.02)"), (["--model", "digit-cnn"], "--model tiny (not "),
+    (["--seed", "1", "--dropout", "0.1"], "--dropout 0.0 (not 0.1), --seed 0 (not 1)"),
+    (["--train-csv", "relabelled.csv"], "other training rows or images"),
+    (["--train-csv", "fewer.csv"], "5 other classes"),
+])
+def test_another_runs_state_is_refused(runs, unfinished, flags, difference):
+    name = "other" + "".join(filter(str.isalnum, "".join(flags)))
+    folder, table = half_done(runs, unfinished, name), pd.read_csv(runs.data / "train.csv", dtype=str)
+    swapped = table.label.to_numpy().copy()
+    swapped[:2] = swapped[1::-1]
+    table.assign(label=swapped).to_csv(runs.data / "relabelled.csv", index=False)
+    table[table.label != "3"].to_csv(runs.data / "fewer.csv", index=False)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    runs.run(name, *flags, status=1)
+    error = runs.log(name).strip().split("\n")[-1]
+    assert error.startswith(f"error: {folder}/last.pth: holds an unfinished run with {difference}"), error
+    assert error.endswith("--no-resume to start over") and "Traceback" not in runs.log(name)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    runs.run(name, *flags, "--no-resume", "--num-epochs", "1")
+    assert "goes on" not in runs.log(name) and not list(folder.glob("last*"))
+
+
+def test_a_finished_run_starts_anew(runs):
+    for _ in range(2):
+        folder = runs.run("twice")
+    assert "goes on" not in runs.log("twice") and not list(folder.glob("last*"))
+    assert (folder / "submission.csv").read_text() == (runs.reference / "submission.csv").read_text()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.99, "flipped"])
+def test_a_spoilt_state_is_left_for_the_one_before(runs, unfinished, share):
+    name = f"spoilt{share}"
+    folder = half_done(runs, unfinished, name)
+    spoil(folder / "last.pth", share)
+    runs.run(name, keep=True)
+    assert f"warning: {folder}/last.pth: cannot be used" in runs.log(name) and "goes on from" in runs.log(name)
+    assert_same(runs, name)
+
+
+def spoil(path: Path, share: float | str) -> None:
+    """Cut a file, or flip a bit in its middle."""
+    content = bytearray(path.read_bytes())
+    if share == "flipped":
+        content[len(content) // 2] ^= 1
+    else:
+        del content[int(share * len(content)):]
+    path.write_bytes(content)
+
+
+def test_two_spoilt_states_are_refused(runs, unfinished):
+    folder = half_done(runs, unfinished, "both")
+    for path in folder.glob("last*.pth"):
+        spoil(path, 0.5)
+    runs.run("both", status=1)
+    assert runs.log("both").strip().endswith("remove it, or start over with --no-resume")
+
+
+def test_a_best_model_that_is_gone_is_missed(runs, unfinished):
+    folder = half_done(runs, unfinished, "gone")
+    (folder / "best_model.pth").unlink()
+    runs.run("gone", status=1)
+    assert "best_model.pth, of epoch " in runs.log("gone") and "--no-resume" in runs.log("gone")
+
+
+def test_the_time_limit_counts_over_resumes(runs, unfinished):
+    folder = half_done(runs, unfinished, "late")
+    found = script.read_content(folder / "last.pth")
+    script.write_content(folder / "last.pth", {**found, "elapsed": 3600.0})
+    runs.run("late", "--max-minutes", "60")
+    assert len(pd.read_csv(folder / "history.csv")) < 3 and len(pd.read_csv(folder / "submission.csv")) == 30
+
+
+def test_a_full_disk_leaves_what_was_there(runs):
+    folder = runs.folder / "full"
+    folder.mkdir()
+    for name in ("best_model.pth", "submission.csv"):
+        (folder / name).write_text("what the user had")
+    runs.run("full", status=1, most_bytes=20_000)
+    error = runs.log("full").strip().split("\n")[-1]
+    assert error.startswith("error: ") and "File too large" in error and "Traceback" not in runs.log("full")
+    assert sorted(path.name for path in folder.iterdir()) == ["best_model.pth", "submission.csv"]
+    assert {path.read_text() for path in folder.iterdir()} == {"what the user had"}
+
+
+def test_a_folder_that_vanishes_is_named(runs):
+    process = runs.start("vanishing", "--num-epochs", "200")
+    wait_for(runs, "vanishing", "epoch   1/")
+    while (runs.folder / "vanishing").exists():  # the run makes new files while the old ones go
+        shutil.rmtree(runs.folder / "vanishing", ignore_errors=True)
+    process.join(60)
+    error = runs.log("vanishing").strip().split("\n")[-1]
+    assert process.exitcode == 1 and error.startswith("error: ") and "vanishing" in error and "Traceback" not in error
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_image_cache_survives_a_kill_during_its_writing(runs, half, tmp_path):
+    cache = ["--cache-dir", str(tmp_path)]
+    runs.run(f"cachekill{half}", *cache, status=-signal.SIGKILL, call=1, half=half, files=("images-",))
+    assert len(list(tmp_path.iterdir())) == 1, "the killed process had begun to write"
+    runs.run(f"cachekill{half}", *cache, keep=True)
+    assert_same(runs, f"cachekill{half}")
+    assert not list(tmp_path.glob(".*")), "what the killed process left behind is removed"
+
+
+def test_two_runs_starting_at_once_share_the_cache(runs, tmp_path):
+    processes = [runs.start(f"pair{number}", "--cache-dir", str(tmp_path), keep=True) for number in range(2)]
+    for number, process in enumerate(processes):
+        process.join(120)
+        assert process.exitcode == 0, runs.log(f"pair{number}")
+        assert_same(runs, f"pair{number}")
