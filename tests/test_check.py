@@ -1,0 +1,124 @@
+"""The data check: what it finds wrong with tables and images, and what it leaves in peace."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import make_competition, make_pixel_competition
+from PIL import Image
+
+from tools import check
+
+
+@pytest.fixture
+def checked(competition, tmp_path, capsys):
+    """Checks the competition; gives status, what was printed and same_images.csv."""
+    def call(*flags: str):
+        status = check.main(["--data-dir", str(competition), "--cache-dir", str(tmp_path / "cache"), "--output-dir",
+                             str(tmp_path / "out"), *flags])
+        captured = capsys.readouterr()
+        same = tmp_path / "out" / "same_images.csv"
+        return status, captured.out, captured.err, pd.read_csv(same, dtype=str) if same.exists() else None
+    return call
+
+
+def image(competition, row, table="train.csv"):
+    return competition / "Dataset_Image" / pd.read_csv(competition / table).image_path.iloc[row]
+
+
+def shuffle_rows(competition):
+    """The labels of the drawn competition go round, so that their place tells them; in another order it does not."""
+    table = pd.read_csv(competition / "train.csv", dtype=str).sample(frac=1, random_state=0)
+    table.to_csv(competition / "train.csv", index=False)
+
+
+def test_good_data_are_left_in_peace(tmp_path, capsys):
+    competition = make_competition(tmp_path / "competition", 300)
+    shuffle_rows(competition)
+    status = check.main(["--data-dir", str(competition), "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path)])
+    out, error = capsys.readouterr()
+    assert status == 0 and error == "", error
+    assert "gives the label away" not in out and "hardly anything" not in out and "0 of them cannot be used" in out
+    assert "nothing beside the pictures was found" in out and "the number in the file's name" in out
+
+
+def test_bad_files_are_listed(checked, competition):
+    image(competition, 6).write_bytes(b"")
+    image(competition, 2, "test.csv").write_text("<html>")
+    status, out, error, _ = checked()
+    assert status == 1 and "2 of them cannot be used" in out
+    assert "train.csv, row 8: " in error and "test.csv, row 4: " in error
+
+
+def test_equal_images_are_grouped_and_their_labels_compared(checked, competition):
+    before = checked()[3]
+    spot = Image.new("L", (32, 32), 255)
+    spot.paste(0, (3, 20, 9, 31))
+    for row in (10, 12):
+        spot.save(image(competition, row))  # two rows of different classes
+    shutil.copy(image(competition, 10), image(competition, 4, "test.csv"))
+    status, out, _, same = checked()
+    labels = pd.read_csv(competition / "train.csv", dtype=str).label
+    assert status == 0 and "in both" in out and "stands with its label in the training table" in out
+    assert f"such as rows 12, 14 with {labels[10]!r}, {labels[12]!r}" in out or "groups have different labels" in out
+    group = same[(same.table == "train") & (same.row == "12")].group.iloc[0]
+    rows = same[same.group == group]
+    assert set(zip(rows.table, rows.row)) == {("train", "12"), ("train", "14"), ("test", "6")}
+    assert set(rows.label.dropna()) == {labels[10], labels[12]} and len(same) >= len(before)
+
+
+def test_blank_images_are_named(checked, competition):
+    Image.new("L", (32, 32), 255).save(image(competition, 7))
+    Image.new("L", (32, 32), 120).save(image(competition, 3, "test.csv"))
+    _, out, _, _ = checked()
+    assert "1 images of the train table show hardly anything (rows 9)" in out
+    assert "1 images of the test table show hardly anything (rows 5)" in out
+
+
+@pytest.mark.parametrize("clue, change", [
+    ("the number in the file's name", lambda table: table.sort_values("label")),
+    ("the file's folder", None), ("the column user", lambda table: table.assign(user=table.label.map(hash))),
+    ("the column note", lambda table: table.assign(note="n" + table.label)),
+    ("the row's place in the table", lambda table: table.sort_values("label")),
+])
+def test_what_gives_the_label_away_is_named_with_its_evidence(checked, competition, clue, change):
+    shuffle_rows(competition)
+    table = pd.read_csv(competition / "train.csv", dtype=str)
+    if clue.startswith("the file") or "number" in clue:
+        table = table.sort_values("label", kind="stable").reset_index(drop=True)
+        for place, row in table.iterrows():
+            name = f"{row.label}/a.{place}.png" if "folder" in clue else f"data/sorted-{place}.png"
+            (competition / "Dataset_Image" / name).parent.mkdir(exist_ok=True)
+            (competition / "Dataset_Image" / row.image_path).rename(competition / "Dataset_Image" / name)
+            table.loc[place, "image_path"] = name
+        table = table.sample(frac=1, random_state=1)
+    else:
+        table = change(table)
+    table.to_csv(competition / "train.csv", index=False)
+    _, out, _, _ = checked()
+    assert f"warning: {clue} gives the label away: alone it is right for " in out
+    assert "(always the commonest class: 20.0%)" in out
+
+
+def test_pixel_tables_are_checked_too(tmp_path, capsys):
+    data = make_pixel_competition(tmp_path / "data")
+    table = pd.read_csv(data / "train.csv", dtype=str)
+    table = pd.concat([table, table.iloc[[4]].assign(label="1")])
+    table.to_csv(data / "train.csv", index=False)
+    assert check.main(["--data-dir", str(data), "--output-dir", str(tmp_path)]) == 0
+    assert "1 groups have different labels" in capsys.readouterr().out
+
+
+def test_a_missing_table_is_one_line(checked, competition):
+    (competition / "test.csv").unlink()
+    status, _, error, same = checked()
+    assert status == 1 and error.startswith("error: ") and error.count("\n") == 1 and same is None
+
+
+def test_equal_images_ignore_those_that_cannot_be_used(checked, competition):
+    for row in (6, 11):
+        image(competition, row).write_bytes(b"")  # both are blank in memory
+    *_, same = checked()
+    assert not {"8", "13"} & set(same[same.table == "train"].row)
+    assert np.all(same.groupby("group").size() > 1)
