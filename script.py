@@ -237,8 +237,15 @@ PRESETS = {
         "model": "mlp", "optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.01, "batch_size": 64, "num_epochs": 3,
         "augment": False, "normalize": "min-max", "train_val_split": 0.8, "split_seed": 42, "precision": "float32",
     },
-    "digits-tiny": {"model": "tiny", "label_smoothing": 0.0, "neighbours": 0, "weight_decay": 1e-4, "elastic": 0.03},
-    "digits-best": {"model": "cnn", "num_epochs": 15},
+    "digits-tiny": {
+        "model": "tiny", "label_smoothing": 0.0, "neighbours": 0, "weight_decay": 1e-4, "elastic": 0.03,
+        "num_epochs": 40,
+    },
+    "digits-fast": {
+        "model": "digit-cnn", "num_epochs": 1, "learning_rate": 5e-3, "dropout": 0.0, "label_smoothing": 0.0,
+        "average_decay": 0.99, "augment": False, "neighbours": 0, "pictures": False,
+    },
+    "digits-best": {"model": "cnn", "image_size": 28},
 }
 
 # The settings that `predict` takes from the command line; all others are the checkpoint's.

@@ -120,7 +120,8 @@ def test_pixel_tables_and_names_of_ones_own(tmp_path):
     assert (command.output / "again.csv").read_text() == (command.output / "solution.csv").read_text()
 
 
-@pytest.mark.parametrize("preset", ["digits-mlp", "digits-cnn", "digits-tiny", "digits-best", "digits-resnet18"])
+@pytest.mark.parametrize("preset", ["digits-mlp", "digits-cnn", "digits-tiny", "digits-fast", "digits-best",
+                                    "digits-resnet18"])
 def test_the_digit_presets_run(tmp_path, preset, main_in_process):
     data = make_pixel_competition(tmp_path / "digits")
     status, out, error = main_in_process("--data-dir", str(data), "--preset", preset, "--num-epochs", "1",
