@@ -5,9 +5,10 @@
 Looks at both tables and every image, and prints what it finds: images that cannot be used; rows that name one image
 twice; images with the same pixels, in one table or in both, and those of them whose labels differ; images with hardly
 anything on them; classes too small to be validated; and what gives the label away without the picture. For the last,
-each column beside the label, the number in the file's name, its size and the row's place are each asked alone: the
-label of the most similar other row (3 nearest, in five folds) is its answer. Where that is right much more often than
+each column beside the label, the number in the file's name, its folder and the row's place are each asked alone: the
+label of the most similar other rows (3 nearest, in five folds) is its answer. Where that is right much more often than
 always naming the commonest class, a network must not see it, and rows may have to be grouped before they are split.
+(A file's size is not asked: it follows from the picture.)
 
 Writes same_images.csv, a line for each image that another equals. The exit status is 1 where images cannot be used.
 """
@@ -78,7 +79,7 @@ def describe_blank(part: str, table: script.Table, images: np.ndarray) -> list[s
             f"{', ...' if blank.sum() > 5 else ''})"]
 
 
-def clues(config: script.Config, table: script.Table) -> pd.DataFrame:
+def clues(table: script.Table) -> pd.DataFrame:
     """What could give the label away without the picture, as numbers: a column each, a row for each of the table's."""
     found = {"the row's place in the table": np.arange(len(table), dtype=float)}
     if table.path.startswith("torchvision:"):
@@ -89,9 +90,6 @@ def clues(config: script.Config, table: script.Table) -> pd.DataFrame:
         if numbers.notna().any():
             found["the number in the file's name"] = numbers.fillna(-1).astype(float).to_numpy()
         found["the file's folder"] = names.str.rpartition("/")[0].factorize()[0]
-        paths = [str(Path(config.data_dir, config.root_dir, name)) if place not in table.faults else ""
-                 for place, name in enumerate(names)]
-        found["the file's size"] = script.file_identities(paths)[:, 0]
     whole = script.read_csv(Path(table.path), ("label",), usecols=lambda name: not re.fullmatch(script.PIXEL, name))
     whole.columns = whole.columns.str.strip()
     for name in whole.columns.drop(["label", "image_path"], errors="ignore"):
@@ -139,7 +137,7 @@ def check(given: argparse.Namespace) -> int:
     lines = describe_same(found) if len(found) else ["no two images have the same pixels"]
     for (part, table), own in zip(tables, images):
         lines += describe_blank(part, table, own)
-    print("\n".join([*lines, *describe_clues(clues(config, train), train.rows.label)]))
+    print("\n".join([*lines, *describe_clues(clues(train), train.rows.label)]))
     print(f"wrote same_images.csv in {given.output_dir.resolve()}")
     return bad
 
