@@ -88,9 +88,9 @@ def test_what_gives_the_label_away_is_named_with_its_evidence(checked, competiti
     if clue.startswith("the file") or "number" in clue:
         table = table.sort_values("label", kind="stable").reset_index(drop=True)
         for place, row in table.iterrows():
-            name = f"{row.label}/a.{place}.png" if "folder" in clue else f"data/sorted-{place}.png"
+            name = f"{row.label}/a.{place}.png" if "folder" in clue else f"data/v2-{place}.png"
             (competition / "Dataset_Image" / name).parent.mkdir(exist_ok=True)
-            (competition / "Dataset_Image" / row.image_path).rename(competition / "Dataset_Image" / name)
+            shutil.copy(image(competition, 0), competition / "Dataset_Image" / name)
             table.loc[place, "image_path"] = name
         table = table.sample(frac=1, random_state=1)
     else:

@@ -86,7 +86,8 @@ def clues(table: script.Table) -> pd.DataFrame:
         return pd.DataFrame(found)
     names = table.rows.image_path if "image_path" in table.rows else None
     if names is not None:
-        numbers = names.str.rpartition("/")[2].str.extract(r"(\d{1,15})", expand=False)
+        stems = names.str.rpartition("/")[2].str.replace(r"\.\w+$", "", regex=True)
+        numbers = stems.str.extract(r"(\d{1,15})\D*$", expand=False)  # the last one: many names start with a version's
         if numbers.notna().any():
             found["the number in the file's name"] = numbers.fillna(-1).astype(float).to_numpy()
         found["the file's folder"] = names.str.rpartition("/")[0].factorize()[0]
