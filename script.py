@@ -18,7 +18,7 @@ The rooms, in the order of an image's way from a CSV row to a submission row. To
      4  Images       decoding, the image cache, resident data, augmentation
      5  Models       a network
      6  Loss         loss, mixup, metrics
-     7  Checkpoints  what best_model.pth holds
+     7  Checkpoints  what best_model.pth and last.pth hold; how a run goes on
      8  Training     optimizer, schedule, averaged weights, the loop
      9  Prediction   probabilities, the neighbours' memory, ensembles, the submission
     10  Pictures     what is drawn
@@ -1718,6 +1718,172 @@ def load_weights(model: nn.Module, config: Config, classes: list[str]) -> None:
                         f"{remedy}") from None
 
 
+@dataclass
+class Progress:
+    """Where a training stands between two steps: what `fit` needs to go on, beside the learner's state."""
+
+    epoch: int = 1
+    steps: int = 0                          # of this epoch that lie behind
+    images: int = 0                         # in them
+    totals: list[float] = field(default_factory=lambda: [0.0, 0.0])  # their summed loss, their hits
+    seconds: float = 0.0                    # of this epoch
+    trained: float = 0.0                    # seconds of the training so far
+    faults: float = 0.0                     # steps that had been left out before this epoch
+    history: list[dict] = field(default_factory=list)  # the rows of the epochs before
+    best: dict | None = None                # the best of them
+    setbacks: int = 0                       # how often training went back to a sound state
+
+    def close_epoch(self, row: dict, better: bool, faults: float) -> None:
+        """Enter an epoch's row, and turn to the next epoch."""
+        self.history.append(row)
+        self.best = row if better else self.best
+        self.epoch, self.steps, self.images, self.totals, self.seconds = self.epoch + 1, 0, 0, [0.0, 0.0], 0.0
+        self.faults = faults
+
+
+class RunKeeper:
+    """Keeps a training's state: in memory, to go back to, and in last.pth, from which another process can go on.
+
+    Without a path it keeps it in memory alone. `about` tells one run from another: settings, data, classes, device.
+    """
+
+    def __init__(self, config: Config, path: Path | None = None, about: dict | None = None,
+                 stops: StopSignals | None = None):
+        self.config, self.path, self.about, self.stops = config, path, about or {}, stops or StopSignals()
+        self.found, self.started, self.saved = None, time.monotonic(), time.monotonic()
+        if path and config.resume:
+            self.found = self.find()
+        elif path:
+            self.discard()
+
+    @property
+    def files(self) -> tuple[Path, Path, Path]:
+        """last.pth, the one before it, and the next one, which is whole before it takes its name."""
+        return tuple(self.path.with_name(f"last{part}.pth") for part in ("", ".before", ".next"))
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the run took in the processes before this one."""
+        return self.found["elapsed"] if self.found else 0.0
+
+    def find(self) -> dict | None:
+        """The state that an unfinished run left behind. Raises DataError if it is another run's, or spoilt."""
+        faults = []
+        for path in self.files[:2]:
+            try:
+                found = read_content(path)
+                difference = describe_difference(found["about"], self.about)
+            except FileNotFoundError:
+                continue
+            except Exception as error:  # zipfile, pickle and torch each raise their own
+                faults.append(f"{path}: cannot be used ({type(error).__name__}: {first_line(error)})")
+                continue
+            if difference:
+                raise DataError(f"{path}: holds an unfinished run with {difference}; give its settings to go on with "
+                                "it, or --no-resume to start over")
+            for fault in faults:
+                print(f"warning: {fault}; the one before it is taken", file=sys.stderr)
+            best = found["progress"]["best"]
+            if best and not self.path.with_name(self.config.model_file).exists():
+                raise DataError(f"{path}: holds an unfinished run whose {self.config.model_file}, of epoch "
+                                f"{best['epoch']}, is gone; put it back, or start over with --no-resume")
+            return found
+        if faults:
+            raise DataError(f"{faults[0]}; remove it, or start over with --no-resume")
+        return None
+
+    def begin(self, learner: "Learner", data: "TrainingData", pace: "Pace") -> Progress:
+        """Where training starts or goes on."""
+        if not self.found:
+            progress = Progress()
+            self.remember(learner, progress)
+            return progress
+        progress = self.recall(self.found, learner)
+        self.state = self.found
+        print(f"goes on from {self.files[0].name}: epoch {progress.epoch} of {self.config.num_epochs}, "
+              f"step {progress.steps} of {steps_in_epoch(data.train_rows, self.config)}, after "
+              f"{progress.trained / 60:.1f} minutes of training")
+        other = [name for name, version in versions().items() if self.found["versions"].get(name) != version]
+        if other:
+            print(f"warning: the run began with another {', '.join(other)}: it may not end with the same bits as if it "
+                  "had never been stopped", file=sys.stderr)
+        pace.go_on(progress.trained)
+        return progress
+
+    def recall(self, state: dict, learner: "Learner") -> Progress:
+        """Put the learner into a state; gives the progress that belongs to it."""
+        learner.restore(state["learner"])
+        return Progress(**copy.deepcopy(state["progress"]))
+
+    def remember(self, learner: "Learner", progress: Progress) -> None:
+        """Keep a state in memory."""
+        self.state = {"learner": learner.state(), "progress": dataclasses.asdict(progress)}
+
+    def is_due(self) -> bool:
+        """Whether it is time to save."""
+        late = self.path and time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
+        return bool(late) or self.stops.waiting is not None
+
+    def save(self, learner: "Learner", progress: Progress, pace: "Pace") -> None:
+        """Keep a state in memory and on the disk, where the one before it stays."""
+        progress.trained = pace.spent
+        self.remember(learner, progress)
+        if self.path:
+            last, before, following = self.files
+            elapsed = self.elapsed + time.monotonic() - self.started
+            write_content(following, {**self.state, "about": self.about, "elapsed": elapsed, "versions": versions()})
+            if last.exists():
+                os.replace(last, before)
+            os.replace(following, last)
+        self.saved = time.monotonic()
+
+    def go_back(self, learner: "Learner", progress: Progress, pace: "Pace") -> Progress:
+        """Return to the last sound state, to learn at half the rate; DataError after too many such returns."""
+        count = progress.setbacks + 1
+        if count > MOST_SETBACKS:
+            raise DataError(f"training diverges: no finite numbers in epoch {progress.epoch}, even at "
+                            f"{learner.rate:g} of the rate; start over with --no-resume and a --learning-rate below "
+                            f"{self.config.learning_rate:g}"
+                            + (f"; {self.config.model_file} holds epoch {progress.best['epoch']}" if progress.best else
+                               ""))
+        wrong, progress = progress.epoch, self.recall(self.state, learner)
+        progress.setbacks = count
+        learner.slow_down()
+        print(f"no finite numbers in {FAULT_LIMIT} steps of epoch {wrong}: back to epoch {progress.epoch}, step "
+              f"{progress.steps}, with {learner.rate:g} of the rate", flush=True)
+        self.save(learner, progress, pace)
+        return progress
+
+    def discard(self) -> None:
+        """Remove what was saved: the run is over, or starts over."""
+        for path in self.files if self.path else ():
+            path.unlink(missing_ok=True)
+
+
+def identify_run(config: Config, data: "TrainingData", runtime: Runtime) -> dict:
+    """What makes a run the run that it is: its settings, its training data, its device."""
+    total = hashlib.sha256()
+    for values in (data.targets, data.train_rows, data.val_rows, data.dataset.images.cpu().numpy(),
+                   *([] if data.taught is None else [data.taught.cpu().numpy()])):
+        total.update(np.ascontiguousarray(values).data)
+    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in RESUME_SETTINGS}
+    return {"settings": settings, "classes": data.classes, "data": total.hexdigest(),
+            "device": runtime.device.type}
+
+
+def describe_difference(found: dict, own: dict) -> str:
+    """What distinguishes two runs, in a few words; empty if nothing does."""
+    settings = [f"--{name.replace('_', '-')} {value} (not {own['settings'].get(name)})"
+                for name, value in found["settings"].items() if own["settings"].get(name) != value]
+    if settings:
+        return ", ".join(settings[:5])
+    if found["classes"] != own["classes"]:
+        return f"{len(found['classes'])} other classes"
+    if found["data"] != own["data"]:
+        return "other training rows or images"
+    return f"device {found['device']} (not {own['device']})" if found["device"] != own["device"] else ""
+
+
 # ==== 8. Training =====================================================================================================
 
 @dataclass(frozen=True)
@@ -2024,35 +2190,12 @@ def accumulation_shares(steps: int, accumulate: int) -> list[tuple[float, bool]]
     return [(1 / (end - step // accumulate * accumulate), step == end - 1) for step, end in enumerate(ends)]
 
 
-@dataclass
-class Progress:
-    """Where a training stands between two steps: what `fit` needs to go on, beside the learner's state."""
-
-    epoch: int = 1
-    steps: int = 0                          # of this epoch that lie behind
-    images: int = 0                         # in them
-    totals: list[float] = field(default_factory=lambda: [0.0, 0.0])  # their summed loss, their hits
-    seconds: float = 0.0                    # of this epoch
-    trained: float = 0.0                    # seconds of the training so far
-    faults: float = 0.0                     # steps that had been left out before this epoch
-    history: list[dict] = field(default_factory=list)  # the rows of the epochs before
-    best: dict | None = None                # the best of them
-    setbacks: int = 0                       # how often training went back to a sound state
-
-    def close_epoch(self, row: dict, better: bool, faults: float) -> None:
-        """Enter an epoch's row, and turn to the next epoch."""
-        self.history.append(row)
-        self.best = row if better else self.best
-        self.epoch, self.steps, self.images, self.totals, self.seconds = self.epoch + 1, 0, 0, [0.0, 0.0], 0.0
-        self.faults = faults
-
-
 class Setback(Exception):
     """Many steps one after another had no finite numbers, or the weights have none."""
 
 
 def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
-          keeper: "RunKeeper") -> dict[str, float]:
+          keeper: RunKeeper) -> dict[str, float]:
     """The rest of an epoch, or what of it there is time for; gives train_loss, train_accuracy and learning_rate.
 
     Raises Setback where the numbers have gone wrong, and Stopped after the step in which a signal came.
@@ -2102,145 +2245,6 @@ def validate(model: nn.Module, data: TrainingData, config: Config, runtime: Runt
 
 HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top3_accuracy",
                    "val_class_accuracy", "learning_rate", "seconds"]
-
-
-class RunKeeper:
-    """Keeps a training's state: in memory, to go back to, and in last.pth, from which another process can go on.
-
-    Without a path it keeps it in memory alone. `about` tells one run from another: settings, data, classes, device.
-    """
-
-    def __init__(self, config: Config, path: Path | None = None, about: dict | None = None,
-                 stops: StopSignals | None = None):
-        self.config, self.path, self.about, self.stops = config, path, about or {}, stops or StopSignals()
-        self.found, self.started, self.saved = None, time.monotonic(), time.monotonic()
-        if path and config.resume:
-            self.found = self.find()
-        elif path:
-            self.discard()
-
-    @property
-    def files(self) -> tuple[Path, Path, Path]:
-        """last.pth, the one before it, and the next one, which is whole before it takes its name."""
-        return tuple(self.path.with_name(f"last{part}.pth") for part in ("", ".before", ".next"))
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds that the run took in the processes before this one."""
-        return self.found["elapsed"] if self.found else 0.0
-
-    def find(self) -> dict | None:
-        """The state that an unfinished run left behind. Raises DataError if it is another run's, or spoilt."""
-        faults = []
-        for path in self.files[:2]:
-            try:
-                found = read_content(path)
-                difference = describe_difference(found["about"], self.about)
-            except FileNotFoundError:
-                continue
-            except Exception as error:  # zipfile, pickle and torch each raise their own
-                faults.append(f"{path}: cannot be used ({type(error).__name__}: {first_line(error)})")
-                continue
-            if difference:
-                raise DataError(f"{path}: holds an unfinished run with {difference}; give its settings to go on with "
-                                "it, or --no-resume to start over")
-            for fault in faults:
-                print(f"warning: {fault}; the one before it is taken", file=sys.stderr)
-            best = found["progress"]["best"]
-            if best and not self.path.with_name(self.config.model_file).exists():
-                raise DataError(f"{path}: holds an unfinished run whose {self.config.model_file}, of epoch "
-                                f"{best['epoch']}, is gone; put it back, or start over with --no-resume")
-            return found
-        if faults:
-            raise DataError(f"{faults[0]}; remove it, or start over with --no-resume")
-        return None
-
-    def begin(self, learner: Learner, data: TrainingData, pace: Pace) -> Progress:
-        """Where training starts or goes on."""
-        if not self.found:
-            progress = Progress()
-            self.remember(learner, progress)
-            return progress
-        progress = self.recall(self.found, learner)
-        self.state = self.found
-        print(f"goes on from {self.files[0].name}: epoch {progress.epoch} of {self.config.num_epochs}, "
-              f"step {progress.steps} of {steps_in_epoch(data.train_rows, self.config)}, after "
-              f"{progress.trained / 60:.1f} minutes of training")
-        pace.go_on(progress.trained)
-        return progress
-
-    def recall(self, state: dict, learner: Learner) -> Progress:
-        """Put the learner into a state; gives the progress that belongs to it."""
-        learner.restore(state["learner"])
-        return Progress(**copy.deepcopy(state["progress"]))
-
-    def remember(self, learner: Learner, progress: Progress) -> None:
-        """Keep a state in memory."""
-        self.state = {"learner": learner.state(), "progress": dataclasses.asdict(progress)}
-
-    def is_due(self) -> bool:
-        """Whether it is time to save."""
-        late = self.path and time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
-        return bool(late) or self.stops.waiting is not None
-
-    def save(self, learner: Learner, progress: Progress, pace: Pace) -> None:
-        """Keep a state in memory and on the disk, where the one before it stays."""
-        progress.trained = pace.spent
-        self.remember(learner, progress)
-        if self.path:
-            last, before, following = self.files
-            elapsed = self.elapsed + time.monotonic() - self.started
-            write_content(following, {**self.state, "about": self.about, "elapsed": elapsed})
-            if last.exists():
-                os.replace(last, before)
-            os.replace(following, last)
-        self.saved = time.monotonic()
-
-    def go_back(self, learner: Learner, progress: Progress, pace: Pace) -> Progress:
-        """Return to the last sound state, to learn at half the rate; DataError after too many such returns."""
-        count = progress.setbacks + 1
-        if count > MOST_SETBACKS:
-            raise DataError(f"training diverges: no finite numbers in epoch {progress.epoch}, even at "
-                            f"{learner.rate:g} of the rate; start over with --no-resume and a --learning-rate below "
-                            f"{self.config.learning_rate:g}"
-                            + (f"; {self.config.model_file} holds epoch {progress.best['epoch']}" if progress.best else
-                               ""))
-        wrong, progress = progress.epoch, self.recall(self.state, learner)
-        progress.setbacks = count
-        learner.slow_down()
-        print(f"no finite numbers in {FAULT_LIMIT} steps of epoch {wrong}: back to epoch {progress.epoch}, step "
-              f"{progress.steps}, with {learner.rate:g} of the rate", flush=True)
-        self.save(learner, progress, pace)
-        return progress
-
-    def discard(self) -> None:
-        """Remove what was saved: the run is over, or starts over."""
-        for path in self.files if self.path else ():
-            path.unlink(missing_ok=True)
-
-
-def identify_run(config: Config, data: TrainingData, runtime: Runtime) -> dict:
-    """What makes a run the run that it is: its settings, its training data, its device."""
-    total = hashlib.sha256()
-    for values in (data.targets, data.train_rows, data.val_rows, data.dataset.images.cpu().numpy(),
-                   *([] if data.taught is None else [data.taught.cpu().numpy()])):
-        total.update(np.ascontiguousarray(values).data)
-    settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in RESUME_SETTINGS}
-    return {"settings": settings, "classes": data.classes, "data": total.hexdigest(),
-            "device": runtime.device.type}
-
-
-def describe_difference(found: dict, own: dict) -> str:
-    """What distinguishes two runs, in a few words; empty if nothing does."""
-    settings = [f"--{name.replace('_', '-')} {value} (not {own['settings'].get(name)})"
-                for name, value in found["settings"].items() if own["settings"].get(name) != value]
-    if settings:
-        return ", ".join(settings[:5])
-    if found["classes"] != own["classes"]:
-        return f"{len(found['classes'])} other classes"
-    if found["data"] != own["data"]:
-        return "other training rows or images"
-    return f"device {found['device']} (not {own['device']})" if found["device"] != own["device"] else ""
 
 
 def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = math.inf,

@@ -221,6 +221,14 @@ def test_another_runs_state_is_refused(runs, unfinished, flags, difference):
     assert "goes on" not in runs.log(name) and not list(folder.glob("last*"))
 
 
+def test_another_torch_is_warned_of(runs, unfinished):
+    folder = half_done(runs, unfinished, "versions")
+    found = script.read_content(folder / "last.pth")
+    script.write_content(folder / "last.pth", {**found, "versions": {**found["versions"], "torch": "2.0"}})
+    runs.run("versions")
+    assert "warning: the run began with another torch: it may not end with the same bits" in runs.log("versions")
+
+
 def test_a_finished_run_starts_anew(runs):
     for _ in range(2):
         folder = runs.run("twice")
