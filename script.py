@@ -93,7 +93,7 @@ class Config:
     pictures: bool = True               # draw samples, curves, confusions, accuracy by class and predictions
     tensorboard: bool = False           # write each epoch's figures for TensorBoard too, where it is installed
     resume: bool = True                 # go on with the unfinished run that last.pth in output_dir holds
-    checkpoint_minutes: float = 10.0    # minutes between two writings of last.pth (besides: at the end of every epoch)
+    checkpoint_minutes: float = 10.0    # minutes between two writings of last.pth (and at the ends of longer epochs)
 
     # Model
     model: str = "auto"                 # a key of MODELS, torchvision:NAME, or auto: resnet on an accelerator, else cnn
@@ -571,7 +571,7 @@ def flush(path: Path) -> None:
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network drives cannot flush a folder
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network drives cannot flush a folder
             raise
     finally:
         os.close(number)
@@ -1741,6 +1741,9 @@ class Progress:
         self.faults = faults
 
 
+LEAST_SECONDS = 10  # between two writings at the ends of epochs: on a GPU one may take a second, and writing as long
+
+
 class RunKeeper:
     """Keeps a training's state: in memory, to go back to, and in last.pth, from which another process can go on.
 
@@ -1824,18 +1827,18 @@ class RunKeeper:
         late = self.path and time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
         return bool(late) or self.stops.waiting is not None
 
-    def save(self, learner: "Learner", progress: Progress, pace: "Pace") -> None:
-        """Keep a state in memory and on the disk, where the one before it stays."""
+    def save(self, learner: "Learner", progress: Progress, pace: "Pace", least: float = 0.0) -> None:
+        """Keep a state in memory, and on the disk, where the one before it stays, if that is `least` seconds ago."""
         progress.trained = pace.spent
         self.remember(learner, progress)
-        if self.path:
+        if self.path and time.monotonic() - self.saved >= least:
             last, before, following = self.files
             elapsed = self.elapsed + time.monotonic() - self.started
             write_content(following, {**self.state, "about": self.about, "elapsed": elapsed, "versions": versions()})
             if last.exists():
                 os.replace(last, before)
             os.replace(following, last)
-        self.saved = time.monotonic()
+            self.saved = time.monotonic()
 
     def go_back(self, learner: "Learner", progress: Progress, pace: "Pace") -> Progress:
         """Return to the last sound state, to learn at half the rate; DataError after too many such returns."""
@@ -2315,7 +2318,7 @@ def close_epoch(learner: Learner, data: TrainingData, progress: Progress, pace: 
     progress.close_epoch(row, better, faults)
     with whole_file(folder / "history.csv") as temporary:
         pd.DataFrame(progress.history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
-    keeper.save(learner, progress, pace)
+    keeper.save(learner, progress, pace, min(LEAST_SECONDS, 60 * config.checkpoint_minutes))
 
 
 def scalar_board(config: Config):

@@ -7,6 +7,7 @@ import shutil
 import struct
 import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -180,6 +181,13 @@ def test_an_output_folder_that_cannot_be_is_refused_first(main_in_process, comma
     command.output.write_text("a file")
     status, _, error = main_in_process(*QUICK)
     assert status == 1 and "cannot be written to" in error and "--output-dir" in error
+
+
+def test_an_output_folder_that_is_read_only_is_refused_first(main_in_process, command):
+    """In /proc nobody may write, not even root, for whom no mode of a folder is read-only."""
+    command.output = Path("/proc/sys/kernel")
+    status, out, error = main_in_process(*QUICK)
+    assert status == 1 and error.startswith("error: /proc/sys/kernel: cannot be written to") and "epoch" not in out
 
 
 def test_a_folder_in_the_place_of_an_output_is_refused_first(main_in_process, command):
@@ -388,3 +396,47 @@ def test_repeated_rows_are_counted(main_in_process, command):
     status, out, _ = main_in_process(*QUICK, "--model", "tiny")
     assert status == 0 and "; 4 rows name an image that stands in the table already" in out
     assert ", 1 images have several labels (the first: rows 9, 105)" in out
+
+
+def test_an_image_that_may_not_be_read_is_named(main_in_process, command, monkeypatch):
+    """Permission is refused by a stand-in: whoever runs the tests may be allowed everything."""
+    forbidden, real = str(image(command.data, 6)), open
+
+    def refuse(path, *rest, **options):
+        if str(path) == forbidden:
+            raise PermissionError(13, "Permission denied", forbidden)
+        return real(path, *rest, **options)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    status, _, error = main_in_process(*QUICK, "--num-workers", "0")
+    assert status == 1 and "row 8: " in error and "permission denied" in error
+
+
+def test_what_needs_no_remedy(main_in_process, command):
+    """Labels in the test table, further columns in any order, a byte-order mark, CRLF, quotes, a class of one image."""
+    train, test = (pd.read_csv(command.data / name, dtype=str) for name in ("train.csv", "test.csv"))
+    train.loc[7, "label"] = "NA"
+    train.assign(note="two\nlines, and a comma")[["note", "label", "image_path"]].to_csv(
+        command.data / "train.csv", index=False, encoding="utf-8-sig", lineterminator="\r\n")
+    test.assign(example_id="id " + test.example_id, label="3")[["label", "example_id", "user_id", "image_path"]].to_csv(
+        command.data / "test.csv", index=False)
+    status, out, error = main_in_process(*QUICK, "--model", "tiny")
+    assert status == 0, error
+    assert "too small to be split, so trained on but not validated: NA" in out
+    assert command.submission().example_id.tolist() == ("id " + test.example_id).tolist()
+
+
+@pytest.mark.slow
+def test_a_million_rows(tmp_path):
+    """One image under a million names in the table: read, split and decoded once for each, within memory."""
+    rows = 1_000_000
+    data = make_competition(tmp_path / "competition", 100, 2)
+    table = pd.read_csv(data / "train.csv", dtype=str)
+    pd.concat([table] * (rows // 100)).to_csv(data / "train.csv", index=False)
+    config = script.Config(data_dir=str(data), cache_dir=str(tmp_path))
+    found = script.read_train_table(config)
+    assert len(found) == rows and not found.faults
+    assert script.describe_repeats(found).startswith("; 999,900 rows name an image that stands in the table already")
+    targets = pd.Categorical(found.rows.label).codes.astype(np.int64)
+    train, val = script.split_rows(targets, config)
+    assert len(train) + len(val) == rows and len(val) == rows // 10

@@ -274,6 +274,7 @@ def test_a_training_goes_on_bit_for_bit(tmp_path, monkeypatch, settings):
     if config.train_val_split == 1:
         data = dataclasses.replace(data, train_rows=np.arange(44), val_rows=np.arange(0))
     runtime = dataclasses.replace(CPU, precision=config.precision)
+    monkeypatch.setattr(script, "LEAST_SECONDS", 0)
     results = []
     for name, pauses in (("whole", []), ("stopped", [1, 4, 7])):
         own = dataclasses.replace(config, output_dir=str(tmp_path / name))

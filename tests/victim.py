@@ -47,6 +47,7 @@ def live(arguments: list[str], log: str, call: int = 0, half: bool = False, keep
         kill_at(call, half, files)
     if most_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    script.LEAST_SECONDS = 0  # to be saved after every epoch, however short
     if keep:
         script.RunKeeper.discard = lambda self: None
     try:
