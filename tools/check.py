@@ -60,7 +60,10 @@ def describe_same(found: pd.DataFrame) -> list[str]:
                      "known, and says nothing of how well a network does on others")
     if len(torn):
         first = found[(found.group == torn.index[0]) & (found.table == "train")]
-        lines.append(f"warning: {len(torn):,} groups have different labels in the training table, such as rows "
+        rows = found[found.group.isin(torn.index) & (found.table == "train")]
+        fewer = len(rows) - rows.groupby("group").label.agg(lambda labels: labels.value_counts().iloc[0]).sum()
+        lines.append(f"warning: {len(torn):,} groups have different labels in the training table ({len(rows):,} rows, "
+                     f"{fewer:,} of them not with their group's commonest label), such as rows "
                      f"{', '.join(map(str, first.row[:3]))} with {', '.join(map(repr, first.label.unique()[:3]))}: no "
                      "network can get them all right")
     return lines
