@@ -9,6 +9,7 @@ def of_checkpoints(documentation: str, several: bool = False) -> argparse.Namesp
     parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     if several:
         parser.add_argument("checkpoints", type=Path, nargs="+")
+        parser.add_argument("--alone", action="store_true", help="leave the neighbours' vote out")
     else:
         parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--data-dir", required=True)

@@ -1,10 +1,12 @@
 """Validation figures of trained networks, one by one and averaged.
 
-    python -m benchmarks.ensemble a.pth b.pth c.pth --data-dir COMPETITION [--cache-dir DIR]
+    python -m benchmarks.ensemble a.pth b.pth c.pth --data-dir COMPETITION [--cache-dir DIR] [--alone]
 
 The networks share `split_seed`, so that none was trained on the rows that it is scored on. The mean is the one that
-`script.py predict a.pth b.pth c.pth` submits.
+`script.py predict a.pth b.pth c.pth` submits; with `--alone` the networks' neighbours do not vote.
 """
+
+import dataclasses
 
 import numpy as np
 
@@ -15,6 +17,9 @@ from benchmarks import arguments
 def main() -> None:
     given = arguments.of_checkpoints(__doc__, several=True)
     members = [script.load_checkpoint(path) for path in given.checkpoints]
+    if given.alone:
+        members = [dataclasses.replace(member, model=getattr(member.model, "network", member.model))
+                   for member in members]
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
     runtime = script.start_runtime(config)
     datasets, targets = script.validation_datasets(members, config, runtime)

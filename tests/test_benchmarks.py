@@ -70,6 +70,9 @@ def test_ensemble_prints_each_network_and_the_mean(trained):
     figures = [float(cell) for cell in re.findall(r"^\| [^|]* \| \d* \| ([0-9.]+) \|", printed, re.MULTILINE)]
     assert len(figures) == 4 and figures[2] == pytest.approx(np.mean(figures[:2]), abs=0.011)
     assert f"{figures[3] - figures[2]:+.1f}" in printed
+    alone = benchmark("ensemble", *checkpoints, "--data-dir", str(data), "--cache-dir", str(cache), "--alone")
+    losses = [[line.split("|")[-2] for line in text.splitlines() if line.startswith("| ")] for text in (printed, alone)]
+    assert len(losses[0]) == len(losses[1]) == 5 and losses[0][1:] != losses[1][1:]
 
 
 @pytest.mark.slow

@@ -62,8 +62,8 @@ def test_equal_images_are_grouped_and_their_labels_compared(checked, competition
     status, out, _, same = checked()
     labels = pd.read_csv(competition / "train.csv", dtype=str).label
     assert status == 0 and "in both" in out and "stands with its label in the training table" in out
-    assert re.search(r"warning: [1-9]\d* groups have different labels in the training table \(\d+ rows, [1-9]\d* of them "
-                     r"not with their group's commonest label\), such as rows \d+, \d+", out), out
+    assert re.search(r"warning: [1-9]\d* groups have different labels in the training table \(\d+ rows, [1-9]\d* of "
+                     r"them not with their group's commonest label\), such as rows \d+, \d+", out), out
     group = same[(same.table == "train") & (same.row == "12")].group.iloc[0]
     rows = same[same.group == group]
     assert set(zip(rows.table, rows.row)) == {("train", "12"), ("train", "14"), ("test", "6")}
