@@ -1012,10 +1012,15 @@ def decode_image(statistics: ImageStatistics, path: str) -> bytes | str:
     """Ink [size, size] of an image as bytes, or in a few words why it cannot be used."""
     try:
         return to_ink(*read_grey(path), statistics).tobytes()
-    except Image.UnidentifiedImageError:
-        return "not an image that Pillow can read"
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
-        return (getattr(error, "strerror", None) or first_line(error)).lower()
+        return describe_image_fault(error)
+
+
+def describe_image_fault(error: Exception) -> str:
+    """Why an image cannot be read, in a few words."""
+    if isinstance(error, Image.UnidentifiedImageError):
+        return "not an image that Pillow can read"
+    return (getattr(error, "strerror", None) or first_line(error)).lower()
 
 
 def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -> tuple[np.ndarray, dict[int, str]]:

@@ -64,8 +64,8 @@ def main() -> None:
         rate = augment_rate(EVERYTHING, given.batch_size)
         default = augment_rate(dataclasses.replace(script.Config(), image_size=48), given.batch_size)
         print(f"round {number}: read both tables in {read:.2f} s; decoded and stored {count:,} images in "
-              f"{decode:.1f} s ({count / decode:,.0f}/s); opened from the cache in {reopen:.2f} s; augmented {rate:,.0f}/s with everything, {default:,.0f}/s by "
-              "default", flush=True)
+              f"{decode:.1f} s ({count / decode:,.0f}/s); opened from the cache in {reopen:.2f} s; augmented "
+              f"{rate:,.0f}/s with everything, {default:,.0f}/s by default", flush=True)
 
 
 if __name__ == "__main__":

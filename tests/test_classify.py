@@ -1,0 +1,69 @@
+"""Single pictures through a trained network: any size, any polarity, and what cannot be read."""
+
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import CLASSES, Command, draw_shape, make_competition
+from PIL import Image, ImageOps
+
+import script
+from tools import classify
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classify")
+    data = make_competition(folder / "competition", 200)
+    pd.DataFrame({"label": CLASSES, "latex": ["|", "-", "+", "\\circ", "/"]}).to_csv(data / "classes.csv", index=False)
+    command = Command(data, folder / "out", folder / "cache")
+    assert script.main(command.arguments("--num-epochs", "8", "--batch-size", "16", "--image-size", "24",
+                                         "--no-pictures")) == 0
+    return command
+
+
+def ask(trained, capsys, *words):
+    capsys.readouterr()
+    status = classify.main([*map(str, words), "--checkpoint", str(trained.output / "best_model.pth")])
+    return status, *capsys.readouterr()
+
+
+@pytest.mark.parametrize("change", [
+    lambda image: image, lambda image: ImageOps.invert(image), lambda image: image.resize((200, 200)),
+    lambda image: image.convert("RGBA"), lambda image: ImageOps.expand(image, (3, 0), 255)])
+def test_any_size_and_polarity_is_answered(trained, tmp_path, capsys, change):
+    rng, hits = np.random.default_rng(9), 0
+    paths = [tmp_path / f"{kind}-{copy}.png" for kind in range(5) for copy in range(4)]
+    for path in paths:
+        change(draw_shape(int(path.name[0]), rng)).save(path)
+    status, out, error = ask(trained, capsys, *paths, "--top", "2")
+    assert status == 0 and error == "", error
+    answers = re.findall(r"^(\S+\.png)\n +([0-9.]+)%  (\d+)  (\S+)\n +[0-9.]+%  \d+  \S+$", out, re.MULTILINE)
+    assert [answer[0] for answer in answers] == list(map(str, paths))
+    for path, (_, share, label, latex) in zip(paths, answers):
+        hits += label == CLASSES[int(path.name[0])]
+        assert 0 < float(share) <= 100 and latex == dict(zip(CLASSES, "|-+")).get(label, latex)
+    assert hits >= 16
+
+
+def test_a_drawing_with_wide_margins_is_cut_out(tmp_path):
+    page = Image.new("L", (400, 300), 255)
+    page.paste(0, (100, 50, 140, 90))
+    page.save(tmp_path / "a.png")
+    cut = classify.read_ink(tmp_path / "a.png", 20, crop=True)
+    assert cut.min() == 255  # the square fills the picture
+    assert 0 < (classify.read_ink(tmp_path / "a.png", 20, crop=False) > 127).sum() < 20
+    Image.new("L", (40, 40), 255).save(tmp_path / "blank.png")
+    assert classify.read_ink(tmp_path / "blank.png", 20, crop=True).max() == 0
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_answered(trained, tmp_path, capsys):
+    (tmp_path / "bad.png").write_text("<html>")
+    draw_shape(1, np.random.default_rng(0)).save(tmp_path / "good.png")
+    status, out, error = ask(trained, capsys, tmp_path / "bad.png", tmp_path / "good.png", tmp_path / "none.png")
+    assert status == 1 and "good.png" in out
+    assert error.splitlines() == [f"error: {tmp_path}/bad.png: not an image that Pillow can read",
+                                  f"error: {tmp_path}/none.png: no such file or directory"]
+    assert classify.main([str(tmp_path / "good.png"), "--checkpoint", str(tmp_path / "no.pth")]) == 1
+    assert "no such checkpoint" in capsys.readouterr().err

@@ -1,0 +1,80 @@
+"""Say what is drawn on some pictures.
+
+    python -m tools.classify a.png b.jpg [--checkpoint best_model.pth] [--crop]
+
+Prints for each picture the likeliest classes with their probabilities, and their LaTeX where classes.csv beside the
+training table tells it. Pictures may have any size and any polarity: paper is what the border shows. `--crop` cuts the
+drawing out and scales it to fill the picture, as the symbols of HASYv2 come; leave it out where the training images
+have margins, as digits have. A picture that cannot be read is named, and the others are answered; the exit status is
+then 1.
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import script
+
+
+def read_ink(path: Path, size: int, crop: bool) -> np.ndarray:
+    """A picture's ink [size, size], uint8. Raises DataError naming a file that cannot be used."""
+    try:
+        grey, alpha = script.read_grey(str(path))
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
+        raise script.DataError(f"{path}: {script.describe_image_fault(error)}") from None
+    paper = script.paper_of(grey, alpha)
+    if crop:
+        ink = script.to_ink(grey, alpha, script.ImageStatistics(paper, max(grey.shape)))
+        rows, columns = (np.flatnonzero(ink.max(axis=axis) > 127) for axis in (1, 0))
+        if len(rows):
+            drawn = ink[rows[0]: rows[-1] + 1, columns[0]: columns[-1] + 1]
+            return script.to_ink(drawn, None, script.ImageStatistics(0, size))
+    return script.to_ink(grey, alpha, script.ImageStatistics(paper, size))
+
+
+def classify(trained: script.Trained, inks: list[np.ndarray]) -> np.ndarray:
+    """Probabilities [pictures, classes] of ink [size, size] each, on the CPU."""
+    runtime = script.start_runtime(script.Config(device="cpu", precision="float32"))
+    dataset = script.MathSymbolDataset(np.stack(inks)[:, None], None, runtime)
+    return script.predict(runtime.place(trained.model), dataset, np.arange(len(inks)), trained.config, runtime)
+
+
+def answer(given: argparse.Namespace) -> int:
+    """Print the answers; gives how many pictures cannot be used."""
+    trained = script.load_checkpoint(given.checkpoint)
+    config = trained.config
+    symbols = script.read_symbols(dataclasses.replace(config, data_dir=given.data_dir or config.data_dir))
+    inks, faults = {}, []
+    for path in given.pictures:
+        try:
+            inks[path] = read_ink(path, trained.statistics.size, given.crop)
+        except script.DataError as error:
+            faults.append(error)
+    for path, probabilities in zip(inks, classify(trained, list(inks.values())) if inks else ()):
+        print(path)
+        for number in probabilities.argsort()[::-1][: given.top]:
+            label = trained.classes[number]
+            print(f"  {probabilities[number]:7.2%}  {label}  {symbols.get(label, '')}".rstrip())
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    return len(faults)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tools.classify", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path, nargs="+")
+    parser.add_argument("--checkpoint", type=Path, default=Path("best_model.pth"))
+    parser.add_argument("--data-dir", default="", help="folder of classes.csv (default: the one it was trained in)")
+    parser.add_argument("--crop", action="store_true", help="cut the drawing out first")
+    parser.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
+    given, faults = parser.parse_args(argv), []
+    status = script.exit_status(lambda _: faults.append(answer(given)), "nothing was answered")
+    return status or int(faults[0] > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
