@@ -987,6 +987,24 @@ def to_ink(grey: np.ndarray, alpha: np.ndarray | None, statistics: ImageStatisti
     return np.asarray(page)
 
 
+def read_picture(path: Path, size: int, crop: bool) -> np.ndarray:
+    """A single picture's ink [size, size], uint8; paper is what its border shows; `crop` cuts the drawing out first.
+
+    Raises DataError naming a file that cannot be used.
+    """
+    try:
+        grey, alpha = read_grey(str(path))
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
+        raise DataError(f"{path}: {describe_image_fault(error)}") from None
+    paper = paper_of(grey, alpha)
+    if crop:
+        ink = to_ink(grey, alpha, ImageStatistics(paper, max(grey.shape)))
+        rows, columns = (np.flatnonzero(ink.max(axis=axis) > 127) for axis in (1, 0))
+        if len(rows):
+            return to_ink(ink[rows[0]: rows[-1] + 1, columns[0]: columns[-1] + 1], None, ImageStatistics(0, size))
+    return to_ink(grey, alpha, ImageStatistics(paper, size))
+
+
 def look_at_images(table: Table, config: Config) -> ImageStatistics:
     """Polarity and stored size, from up to 256 images spread over the table; unreadable ones are left for later.
 
@@ -2572,12 +2590,12 @@ def class_table(judged: Judged, classes: list[str]) -> pd.DataFrame:
 
 # ==== 10. Pictures ====================================================================================================
 
-def new_figure(width: float, height: float, panels: int = 1):
+def new_figure(width: float, height: float, panels: int = 1, rows: int = 1):
     """A figure of this size in inches with its axes; no window and no state of matplotlib's is touched."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(1, panels)
+    return figure, figure.subplots(rows, panels)
 
 
 def save_figure(path: Path, figure) -> None:

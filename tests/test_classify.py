@@ -51,11 +51,11 @@ def test_a_drawing_with_wide_margins_is_cut_out(tmp_path):
     page = Image.new("L", (400, 300), 255)
     page.paste(0, (100, 50, 140, 90))
     page.save(tmp_path / "a.png")
-    cut = classify.read_ink(tmp_path / "a.png", 20, crop=True)
+    cut = script.read_picture(tmp_path / "a.png", 20, crop=True)
     assert cut.min() == 255  # the square fills the picture
-    assert 0 < (classify.read_ink(tmp_path / "a.png", 20, crop=False) > 127).sum() < 20
+    assert 0 < (script.read_picture(tmp_path / "a.png", 20, crop=False) > 127).sum() < 20
     Image.new("L", (40, 40), 255).save(tmp_path / "blank.png")
-    assert classify.read_ink(tmp_path / "blank.png", 20, crop=True).max() == 0
+    assert script.read_picture(tmp_path / "blank.png", 20, crop=True).max() == 0
 
 
 def test_what_cannot_be_read_is_named_and_the_rest_answered(trained, tmp_path, capsys):

@@ -19,22 +19,6 @@ import numpy as np
 import script
 
 
-def read_ink(path: Path, size: int, crop: bool) -> np.ndarray:
-    """A picture's ink [size, size], uint8. Raises DataError naming a file that cannot be used."""
-    try:
-        grey, alpha = script.read_grey(str(path))
-    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
-        raise script.DataError(f"{path}: {script.describe_image_fault(error)}") from None
-    paper = script.paper_of(grey, alpha)
-    if crop:
-        ink = script.to_ink(grey, alpha, script.ImageStatistics(paper, max(grey.shape)))
-        rows, columns = (np.flatnonzero(ink.max(axis=axis) > 127) for axis in (1, 0))
-        if len(rows):
-            drawn = ink[rows[0]: rows[-1] + 1, columns[0]: columns[-1] + 1]
-            return script.to_ink(drawn, None, script.ImageStatistics(0, size))
-    return script.to_ink(grey, alpha, script.ImageStatistics(paper, size))
-
-
 def classify(trained: script.Trained, inks: list[np.ndarray]) -> np.ndarray:
     """Probabilities [pictures, classes] of ink [size, size] each, on the CPU."""
     runtime = script.start_runtime(script.Config(device="cpu", precision="float32"))
@@ -50,7 +34,7 @@ def answer(given: argparse.Namespace) -> int:
     inks, faults = {}, []
     for path in given.pictures:
         try:
-            inks[path] = read_ink(path, trained.statistics.size, given.crop)
+            inks[path] = script.read_picture(path, trained.statistics.size, given.crop)
         except script.DataError as error:
             faults.append(error)
     for path, probabilities in zip(inks, classify(trained, list(inks.values())) if inks else ()):
