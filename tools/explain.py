@@ -1,11 +1,13 @@
-"""Draw what made a network answer as it did: Grad-CAM (arXiv:1610.02391) on some pictures.
+"""Draw what made a network answer as it did: Grad-CAM on some pictures.
 
     python -m tools.explain a.png b.jpg [--checkpoint best_model.pth] [--crop] [--output-dir .]
 
 Writes explained.png: a row for each picture, with the picture as the network sees it and, for its likeliest classes,
 the places that spoke for them. The map is that of the deepest convolution whose output still has a quarter of the
-picture's side (deeper ones are too coarse for pictures this small), so it is about as fine as a stroke is wide. The
-network is asked alone: the neighbours' vote has no places to show.
+picture's side (deeper ones are too coarse for pictures this small), so it is about as fine as a stroke is wide. Each
+place keeps its own gradient (arXiv:2011.08891): their mean, as in arXiv:1610.02391, says something of networks that end
+in a mean over all places, and MathSymbolCNN does not. The network is asked alone: the neighbours' vote has no places to
+show.
 """
 
 import argparse
@@ -36,7 +38,7 @@ def grad_cam(network: nn.Module, inputs: Tensor, classes: Tensor) -> Tensor:
         raise script.UsageError("the network has no convolution whose output is fine enough to be shown")
     features = fine[-1]
     (slopes,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), features)
-    maps = (features * slopes.mean(dim=(2, 3), keepdim=True)).sum(dim=1, keepdim=True).relu()
+    maps = (features * slopes).sum(dim=1, keepdim=True).relu()
     maps = F.interpolate(maps, size=(side, side), mode="bilinear", align_corners=False)[:, 0]
     return (maps / maps.amax(dim=(1, 2), keepdim=True).clamp(min=1e-12)).detach()
 
