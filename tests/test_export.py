@@ -1,0 +1,73 @@
+"""ONNX: another runtime gives the answers that PyTorch gives, from what model.json says."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import QUICK, Command, make_competition
+from PIL import Image
+
+import script
+from tools import export
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags, vote", [(["--model", "cnn", "--num-epochs", "8"], True), (["--model", "cnn"], False),
+                                         (["--model", "resnet", "--image-size", "24"], False),
+                                         (["--model", "mlp", "--normalize", "standard"], False)])
+def test_another_runtime_answers_alike(tmp_path, capsys, flags, vote):
+    import onnxruntime
+
+    command = Command(make_competition(tmp_path / "competition", 200), tmp_path / "out", tmp_path / "cache")
+    assert script.main(command.arguments(*QUICK, *flags)) == 0
+    checkpoint = command.output / "best_model.pth"
+    assert export.main([str(checkpoint), "--output-dir", str(tmp_path / "onnx"), *["--vote"][: vote]]) == 0
+    assert "its answers differ from PyTorch's by " in capsys.readouterr().out
+    about = json.loads((tmp_path / "onnx" / "model.json").read_text())
+    paths = sorted((command.data / "Dataset_Image" / "data").iterdir())[:7]
+    grey = np.stack([np.asarray(Image.open(path).convert("L").resize((about["size"],) * 2, Image.BILINEAR), dtype=float)
+                     for path in paths])
+    ink = (np.abs(grey - about["image_statistics"]["paper"]) / 255).astype(np.float32)[:, None]
+    session = onnxruntime.InferenceSession((tmp_path / "onnx" / "model.onnx").read_bytes())
+    answers = session.run(None, {"ink": ink})[0]
+    trained = script.load_checkpoint(checkpoint)
+    runtime = script.start_runtime(script.Config(device="cpu", precision="float32"))
+    images = script.decode_images(list(map(str, paths)), trained.statistics, 0)[0][:, None]
+    network = trained.model if vote else getattr(trained.model, "network", trained.model)
+    expected = script.predict(network, script.MathSymbolDataset(images, None, runtime), np.arange(7), trained.config,
+                              runtime)
+    assert about["classes"] == trained.classes and answers.shape == expected.shape
+    assert np.abs(answers - expected).max() < 2e-2  # the images, read by other hands, differ by a grey level
+    same = session.run(None, {"ink": (images / 255).astype(np.float32)})[0]
+    assert vote or np.abs(same - expected).max() < 1e-4
+    assert len(session.run(None, {"ink": ink[:1]})[0]) == 1
+
+
+def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
+    config = script.Config(model="tiny", image_size=16, dropout=0.0)
+    script.save_checkpoint(tmp_path / "model.pth", script.build_model(config, 3), config, list("abc"),
+                           script.ImageStatistics(255, 16), {"epoch": 1})
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert export.main([str(tmp_path / "model.pth"), "--output-dir", str(tmp_path / "onnx")]) == 2
+    assert capsys.readouterr().err == ("error: exporting needs packages that are not installed: pip install onnx "
+                                       "onnxscript\n")
+    assert not list((tmp_path / "onnx").iterdir())
+
+
+def test_a_file_that_answers_otherwise_is_refused(tmp_path, monkeypatch):
+    class Liar:
+        def __init__(self, *_, **__):
+            pass
+
+        def run(self, _, inputs):
+            return [np.full((len(inputs["ink"]), 3), 0.5)]
+
+    import onnxruntime
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Liar)
+    config = script.Config(model="tiny", image_size=16, dropout=0.0)
+    model = export.Exported(script.Trained(script.build_model(config, 3), config, list("abc"),
+                                           script.ImageStatistics(255, 16), {}), vote=False).eval()
+    (tmp_path / "model.onnx").write_bytes(b"")
+    with pytest.raises(script.DataError, match="its answers differ from PyTorch's by"):
+        export.compare(model, tmp_path / "model.onnx", 16)
