@@ -224,7 +224,7 @@ PRESETS = {
     },
     "digits-cnn": PLAIN | {
         "model": "digit-cnn", "optimizer": "adam", "learning_rate": 1e-3, "schedule": "multistep",
-        "milestones": "10,15", "batch_size": 64, "num_epochs": 20, "early_stopping": 5, "select_by": "loss",
+        "milestones": "8,12", "batch_size": 64, "num_epochs": 15, "early_stopping": 8, "select_by": "loss",
         "label_smoothing": 0.1, "dropout": 0.25, "rotation": 10.0, "shift": 0.05, "normalize": "standard",
         "train_val_split": 0.8,
     },
