@@ -2,8 +2,9 @@
 
     python -m benchmarks.digits --data-dir DIGITS --preset digits-tiny --seeds 0 1 2 [any flag of script.py]
 
-Sets 10,000 of the labelled rows aside, stratified and the same ones in every run, and hands the others to the real
-command, once for each seed; what it keeps of them for validation is its own affair. Then `script.py evaluate` judges
+Sets 10,000 of the labelled rows aside, stratified and the same ones in every run (others with another
+`--held-out-seed`, for a last figure when those have served to choose), and hands the others to the real command, once
+for each seed; what it keeps of them for validation is its own affair. Then `script.py evaluate` judges
 the held-out rows, each network alone and, of several, their mean. Prints a row for each: accuracy, errors, loss, and
 the seconds of the whole training command.
 """
@@ -25,10 +26,10 @@ SCRIPT = Path(__file__).resolve().parent.parent / "script.py"
 FIGURES = re.compile(r"loss ([0-9.]+), accuracy ([0-9.]+)%")
 
 
-def hold_out(data: Path, folder: Path, count: int) -> tuple[Path, Path]:
+def hold_out(data: Path, folder: Path, count: int, seed: int) -> tuple[Path, Path]:
     """Write the labelled rows as two tables: to train on, and `count` to judge by."""
     table = pd.read_csv(data / "train.csv", dtype=str, na_filter=False)
-    train, held = train_test_split(table, test_size=count, random_state=0, stratify=table.label)
+    train, held = train_test_split(table, test_size=count, random_state=seed, stratify=table.label)
     paths = folder / "train.csv", folder / "held_out.csv"
     for path, part in zip(paths, (train, held)):
         part.sort_index().to_csv(path, index=False)
@@ -49,10 +50,11 @@ def main() -> None:
     parser.add_argument("--cache-dir", default="")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
+    parser.add_argument("--held-out-seed", type=int, default=0)
     given, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train, held = hold_out(given.data_dir, folder, given.held_out)
+        train, held = hold_out(given.data_dir, folder, given.held_out, given.held_out_seed)
         where = ["--data-dir", given.data_dir, "--cache-dir", given.cache_dir or folder / "cache", "--no-pictures"]
 
         def judge(title: str, checkpoints: list[Path], seconds: float) -> float:
