@@ -40,7 +40,8 @@ def test_erasing_and_noise_take_their_share():
 
 def test_the_whole_tool(tmp_path, capsys):
     command = Command(make_competition(tmp_path / "competition", 200), tmp_path / "out", tmp_path / "cache")
-    assert script.main(command.arguments(*QUICK[2:], "--num-epochs", "8", "--train-val-split", "0.6")) == 0
+    assert script.main(command.arguments(*QUICK[2:], "--num-epochs", "6", "--train-val-split", "0.6", "--neighbours",
+                                         "0")) == 0
     capsys.readouterr()
     assert stress.main([str(command.output / "best_model.pth"), "--data-dir", str(command.data), "--cache-dir",
                         str(command.cache), "--output-dir", str(tmp_path / "s"), "--rows", "60"]) == 0

@@ -135,7 +135,8 @@ def test_schedules_by_hand(settings, expected):
 @pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
 def test_every_optimizer_and_schedule_learns(tmp_path, optimizer, schedule):
     config = dataclasses.replace(SMALL, output_dir=str(tmp_path), optimizer=optimizer, schedule=schedule or "cosine",
-                                 learning_rate=0.05 if optimizer == "sgd" else 3e-3, num_epochs=4, step_epochs=2,
+                                 model="tiny", dropout=0.0, average_decay=0.0,
+                                 learning_rate=0.1 if optimizer == "sgd" else 2e-2, num_epochs=4, step_epochs=2,
                                  gamma=0.5, milestones="2,3", augment=False, accumulate=1 if schedule else 3)
     history = script.fit(config, small_data(200), CPU)
     assert history.train_accuracy.iloc[-1] > 0.9 and history.train_loss.argmin() > 0
@@ -270,7 +271,7 @@ def stop_after(monkeypatch, stops, steps):
     {"precision": "bf16"}, {"freeze_epochs": 1}, {"normalize": "min-max"}, {"early_stopping": 3, "select_by": "loss"},
     {"train_val_split": 1.0}, {"optimizer": "sgd", "momentum": 0.0, "schedule": "cyclic"}])
 def test_a_training_goes_on_bit_for_bit(tmp_path, monkeypatch, settings):
-    data, config = small_data(44), dataclasses.replace(SMALL, num_epochs=4, **settings)
+    data, config = small_data(44), dataclasses.replace(SMALL, **{"model": "tiny", "num_epochs": 4, **settings})
     if config.train_val_split == 1:
         data = dataclasses.replace(data, train_rows=np.arange(44), val_rows=np.arange(0))
     runtime = dataclasses.replace(CPU, precision=config.precision)
