@@ -948,13 +948,13 @@ def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
         data = file.read()
     if not data:
         raise ValueError("the file is empty")
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+    with warnings.catch_warnings(action="ignore"):  # of what it will refuse, or can do without
         image = Image.open(io.BytesIO(data))
-    if image.width * image.height > LARGEST_IMAGE:
-        raise ValueError(f"{image.width} x {image.height} pixels are too many; scale it down")
-    image.load()
-    if "exif" in image.info:
-        image = ImageOps.exif_transpose(image)
+        if image.width * image.height > LARGEST_IMAGE:
+            raise ValueError(f"{image.width} x {image.height} pixels are too many; scale it down")
+        image.load()
+        if "exif" in image.info:
+            image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip
         deep = np.asarray(image, dtype=np.int64)
         deep = deep // 257 if image.mode != "I" or deep.max() > 255 else deep
@@ -1646,7 +1646,8 @@ def write_content(path: Path, content: dict) -> None:
 
 def read_content(path: Path) -> dict:
     """What write_content wrote: data, never code. Raises ValueError where a bit of it has changed since."""
-    content = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of pickles that it will refuse
+        content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise ValueError("it holds no dictionary")
     if content.pop("sha256", None) != digest(content):

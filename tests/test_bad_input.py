@@ -309,6 +309,7 @@ CHECKPOINT_FAULTS = {
 }
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", CHECKPOINT_FAULTS)
 def test_bad_checkpoints_are_refused_and_never_run(trained, tmp_path, capsys, monkeypatch, name):
     monkeypatch.chdir(tmp_path)

@@ -82,6 +82,7 @@ def test_no_path_leads_out_of_the_root(folder, names):
 
 @given(content=st.binary(max_size=300), cut=st.integers(0, 2000), flips=st.lists(st.integers(0, 10**6), max_size=5),
        kind=st.sampled_from(["PNG", "JPEG", "GIF", "BMP", "TIFF", "none"]))
+@pytest.mark.filterwarnings("error")
 @QUICK
 def test_any_bytes_are_an_image_or_are_refused_in_words(folder, content, cut, flips, kind):
     if kind != "none":
