@@ -427,7 +427,7 @@ class StopSignals:
             self.held = before
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: Exception) -> str:
     """What an exception says, in one line; its kind where it says nothing."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
 
@@ -1172,6 +1172,9 @@ def load_all_images(tables: list[Table], config: Config, statistics: ImageStatis
         if config.on_bad_image == "error":
             raise DataError(f"{count}; replace each file or remove its row, or leave them out with --on-bad-image "
                             f"skip:\n  {listed}")
+        for table in tables:
+            if len(table.bad) == len(table):
+                raise DataError(f"{table.path}: not one of its images can be used:\n  {listed}")
         print(f"warning: {count} and left out:\n  {listed}", file=sys.stderr)
     return loaded
 
@@ -1644,12 +1647,18 @@ def write_content(path: Path, content: dict) -> None:
         read_content(temporary)
 
 
-def read_content(path: Path) -> dict:
-    """What write_content wrote: data, never code. Raises ValueError where a bit of it has changed since."""
+def read_data(path: str | Path) -> dict:
+    """A dictionary of tensors and plain values that torch saved: data, never code."""
     with warnings.catch_warnings(action="ignore"):  # of pickles that it will refuse
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
         raise ValueError("it holds no dictionary")
+    return content
+
+
+def read_content(path: str | Path) -> dict:
+    """What write_content wrote. Raises ValueError where a bit of it has changed since."""
+    content = read_data(path)
     if content.pop("sha256", None) != digest(content):
         raise ValueError("its content is not what was written: the SHA-256 differs, or is missing")
     return content
@@ -1678,6 +1687,12 @@ class Trained:
     classes: list[str]
     statistics: ImageStatistics
     metrics: dict
+
+    @property
+    def alone(self) -> "Trained":
+        """The same without the training images that vote beside the network."""
+        model = self.model.network if isinstance(self.model, NeighbourVote) else self.model
+        return dataclasses.replace(self, model=model)
 
 
 def load_checkpoint(path: Path) -> Trained:
@@ -1710,8 +1725,9 @@ def read_weights(config: Config, classes: list[str]) -> dict[str, Tensor]:
 
         state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
     else:
-        state = torch.load(config.weights, map_location="cpu", weights_only=True)
+        state = read_data(config.weights)
     if "classes" in state:  # a checkpoint of ours
+        state = read_content(config.weights)
         left_out = ("normalize.",) if state["classes"] == classes else ("normalize.", "head.")
         return {key: value for key, value in state["model"].items() if not key.startswith(left_out)}
     if config.model in MODELS:
@@ -1765,6 +1781,7 @@ class Progress:
         self.faults = faults
 
 
+MOST_SETBACKS = 3   # returns of a training to a sound state
 LEAST_SECONDS = 10  # between two writings at the ends of epochs: on a GPU one may take a second, and writing as long
 
 
@@ -1876,7 +1893,7 @@ class RunKeeper:
         wrong, progress = progress.epoch, self.recall(self.state, learner)
         progress.setbacks = count
         learner.slow_down()
-        print(f"no finite numbers in {FAULT_LIMIT} steps of epoch {wrong}: back to epoch {progress.epoch}, step "
+        print(f"no finite numbers in epoch {wrong}: back to epoch {progress.epoch}, step "
               f"{progress.steps}, with {learner.rate:g} of the rate", flush=True)
         self.save(learner, progress, pace)
         return progress
@@ -1996,7 +2013,6 @@ def schedule_factor(config: Config, progress: float) -> float:
 
 FAULT_LIMIT = 10   # steps in a row without finite numbers, after which training goes back
 FAULT_STEPS = 50   # steps between two looks at them, for which the device is waited for
-MOST_SETBACKS = 3
 
 
 class AveragedWeights:
@@ -2464,7 +2480,7 @@ def ask_teachers(config: Config, table: Table, classes: list[str], runtime: Runt
     paths = [Path(path.strip()) for path in config.teachers.split(",") if path.strip()]
     if not paths:
         return None
-    members = [load_checkpoint(path) for path in paths]
+    members = [load_checkpoint(path).alone for path in paths]
     for place, member in enumerate(members):
         if set(member.classes) != set(classes):
             raise DataError(f"{paths[place]}: a teacher must know the classes of {table.path}, each one and no other")
@@ -2472,8 +2488,6 @@ def ask_teachers(config: Config, table: Table, classes: list[str], runtime: Runt
         if (seed, share) != (config.split_seed, config.train_val_split):
             raise DataError(f"{paths[place]}: a teacher must have left the same rows to validation; take its "
                             f"--split-seed {seed} --train-val-split {share}")
-        if isinstance(member.model, NeighbourVote):
-            members[place] = dataclasses.replace(member, model=member.model.network)
     probabilities = ensemble_predict(members, member_datasets(members, table, np.arange(len(table)), config, runtime),
                                      runtime)
     taught = torch.from_numpy(probabilities[:, [members[0].classes.index(label) for label in classes]]).half()
@@ -2512,8 +2526,9 @@ def validation_datasets(members: list[Trained], config: Config,
     rows = split_rows(targets, members[0].config)[1]
     if not len(rows):
         raise DataError("the checkpoint was trained on every row (--train-val-split 1): none is left to validate on")
-    load_all_images([table], config, members[0].statistics)  # tells which of them cannot be used
-    rows = np.setdiff1d(rows, table.bad)
+    if config.on_bad_image == "skip":
+        load_all_images([table], config, members[0].statistics)  # tells which of them cannot be used
+        rows = np.setdiff1d(rows, table.bad)
     return member_datasets(members, table, rows, config, runtime), targets[rows]
 
 
@@ -2824,9 +2839,7 @@ def run(config: Config, started: float, stops: StopSignals) -> None:
     started -= keeper.elapsed
     seconds = seconds_to_train(config, data, len(test_table), runtime, started, goes_on=keeper.found is not None)
     history = fit(config, data, runtime, seconds, keeper)
-    best = load_checkpoint(folder / config.model_file)
-    if isinstance(best.model, NeighbourVote):  # the process before this one was stopped after it had learnt this
-        best = dataclasses.replace(best, model=best.model.network)
+    best = load_checkpoint(folder / config.model_file).alone  # the process before this one may have got further
     if config.neighbours:
         best = dataclasses.replace(best, model=remember(best, data, runtime))
     judged = judge([best], [data.dataset], data.val_rows, data.targets, runtime) if len(data.val_rows) else None

@@ -6,8 +6,6 @@ The networks share `split_seed`, so that none was trained on the rows that it is
 `script.py predict a.pth b.pth c.pth` submits; with `--alone` the networks' neighbours do not vote.
 """
 
-import dataclasses
-
 import numpy as np
 
 import script
@@ -18,8 +16,7 @@ def main() -> None:
     given = arguments.of_checkpoints(__doc__, several=True)
     members = [script.load_checkpoint(path) for path in given.checkpoints]
     if given.alone:
-        members = [dataclasses.replace(member, model=getattr(member.model, "network", member.model))
-                   for member in members]
+        members = [member.alone for member in members]
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
     runtime = script.start_runtime(config)
     datasets, targets = script.validation_datasets(members, config, runtime)

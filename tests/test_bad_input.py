@@ -385,6 +385,13 @@ def test_bad_images_are_skipped_where_that_is_asked_for(main_in_process, command
     assert status == 0 and len(command.submission()) == 30
 
 
+def test_a_table_without_one_usable_image_is_refused(main_in_process, command):
+    for row in range(30):
+        image(command.data, row, "test.csv").write_bytes(b"")
+    status, _, error = main_in_process(*QUICK, "--on-bad-image", "skip")
+    assert status == 1 and "test.csv: not one of its images can be used" in error and "Traceback" not in error
+
+
 def test_a_sample_that_agrees_is_fine(main_in_process, command):
     sample(lambda table: table)(command.data)
     assert main_in_process(*QUICK, "--model", "tiny")[0] == 0

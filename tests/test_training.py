@@ -242,6 +242,17 @@ def test_weights_of_a_checkpoint_are_taken_over(tmp_path):
             script.start_model(dataclasses.replace(again, **settings), small_data(), CPU)
 
 
+def test_weights_with_a_flipped_bit_are_refused(tmp_path):
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=1)
+    script.fit(config, small_data(), CPU)
+    path = tmp_path / "best_model.pth"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="cannot be used .*not what was written"):
+        script.fit(dataclasses.replace(config, weights=str(path)), small_data(), CPU)
+
+
 def test_the_pace_is_by_steps_or_by_the_clock(monkeypatch):
     clock = [100.0]
     monkeypatch.setattr(script.time, "monotonic", lambda: clock[0])

@@ -45,7 +45,7 @@ def grad_cam(network: nn.Module, inputs: Tensor, classes: Tensor) -> Tensor:
 
 def explain(trained: script.Trained, inks: np.ndarray, top: int) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The likeliest classes of ink [B, S, S] and their probabilities, [B, top] each, and a map [B, S, S] for each."""
-    network = getattr(trained.model, "network", trained.model).eval()
+    network = trained.alone.model.eval()
     inputs = script.to_input(torch.from_numpy(inks)[:, None], trained.config)
     with torch.no_grad():
         probabilities, classes = network(inputs).softmax(dim=1).topk(min(top, len(trained.classes)))

@@ -37,10 +37,9 @@ class Exported(nn.Module):
 
     def __init__(self, trained: script.Trained, vote: bool):
         super().__init__()
-        self.network, self.config = trained.model, trained.config
+        self.network, self.config = (trained if vote else trained.alone).model, trained.config
         if isinstance(self.network, script.NeighbourVote):
             self.network.keys = self.network.keys.float()  # which not every runtime multiplies in bf16
-            self.network = self.network if vote else self.network.network
 
     def forward(self, ink: Tensor) -> Tensor:
         return self.network(script.to_input(ink * 255.0, self.config)).softmax(dim=1)
@@ -54,8 +53,8 @@ def drawings(count: int, size: int) -> Tensor:
     return torch.einsum("bpi,bpj->bij", *near).clamp(max=1)[:, None]
 
 
-def write_onnx(model: nn.Module, path: Path, size: int) -> None:
-    """Export a model for any number of images of this size. Raises DataError where a package is missing."""
+def to_onnx(model: nn.Module, size: int) -> bytes:
+    """A model for any number of images of this size as ONNX. Raises UsageError where a package is missing."""
     missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
     if missing:
         raise script.UsageError(f"exporting needs packages that are not installed: pip install {' '.join(missing)}")
@@ -63,27 +62,29 @@ def write_onnx(model: nn.Module, path: Path, size: int) -> None:
         program = torch.onnx.export(model, (drawings(2, size),), input_names=["ink"], output_names=["probabilities"],
                                     dynamic_shapes=({0: torch.export.Dim("images", min=1)},), dynamo=True,
                                     verbose=False)
-    with script.whole_file(path) as temporary:
-        temporary.write_bytes(program.model_proto.SerializeToString())
+    return program.model_proto.SerializeToString()
 
 
-def compare(model: nn.Module, path: Path, size: int) -> str:
-    """What onnxruntime makes of the file: the greatest difference, and milliseconds an image on one core."""
+def compare(model: nn.Module, content: bytes, size: int) -> str:
+    """What onnxruntime makes of it: the greatest difference, and milliseconds an image on one core.
+
+    Raises DataError where its answers are not PyTorch's.
+    """
     if not importlib.util.find_spec("onnxruntime"):
         return "not compared with PyTorch: onnxruntime is not installed"
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     ink = drawings(20, size)
     with torch.inference_mode():
         expected = model(ink).numpy()
     differences = np.abs(session.run(None, {"ink": ink.numpy()})[0] - expected).max(axis=1)
     votes = isinstance(model.network, script.NeighbourVote)
     if not (differences <= TOLERANCE).mean() >= 1 - TIES * votes:
-        raise script.DataError(f"{path}: its answers differ from PyTorch's by {differences.max():.1e}; it is not to be "
-                               "used")
+        raise script.DataError(f"the answers of the exported network differ from PyTorch's by "
+                               f"{differences.max():.1e}: nothing was written")
     seconds = []
     for _ in range(50):
         started = time.perf_counter()
@@ -98,9 +99,11 @@ def export(given: argparse.Namespace) -> None:
     """Write both files."""
     trained = script.load_checkpoint(given.checkpoint)
     given.output_dir.mkdir(parents=True, exist_ok=True)
-    path, size = given.output_dir / "model.onnx", trained.statistics.size
-    model = Exported(trained, given.vote).eval()
-    write_onnx(model, path, size)
+    size, model = trained.statistics.size, Exported(trained, given.vote).eval()
+    content = to_onnx(model, size)
+    compared = compare(model, content, size)
+    with script.whole_file(given.output_dir / "model.onnx") as temporary:
+        temporary.write_bytes(content)
     about = {"classes": trained.classes, "size": size, "input": "ink", "output": "probabilities",
              "preparation": [
                  f"grey levels 0 to 255; transparent pixels are paper, which is {trained.statistics.paper} here",
@@ -109,8 +112,7 @@ def export(given: argparse.Namespace) -> None:
              "image_statistics": dataclasses.asdict(trained.statistics), "metrics": trained.metrics}
     with script.whole_file(given.output_dir / "model.json") as temporary:
         temporary.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    print(f"wrote model.onnx ({path.stat().st_size / 1e6:.1f} MB) and model.json in {given.output_dir.resolve()}; "
-          f"{compare(model, path, size)}")
+    print(f"wrote model.onnx ({len(content) / 1e6:.1f} MB) and model.json in {given.output_dir.resolve()}; {compared}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -76,7 +76,7 @@ def to_pixels(ink: Tensor) -> np.ndarray:
 
 def gradient_signs(trained: script.Trained, ink: Tensor, targets: np.ndarray) -> Tensor:
     """Which way each pixel of ink [B, 1, S, S] has to go for the network, asked alone, to lose most."""
-    network, signs = getattr(trained.model, "network", trained.model).eval(), []
+    network, signs = trained.alone.model.eval(), []
     for rows in torch.arange(len(ink)).split(256):
         part = ink[rows].clone().requires_grad_()
         logits = network(script.to_input(part * 255.0, trained.config))
@@ -110,7 +110,7 @@ def stress(members: list[script.Trained], datasets: list[script.MathSymbolDatase
 
 
 def plot_stress(path: Path, table: pd.DataFrame, ink: Tensor) -> None:
-    """A panel for each change: accuracy by strength, and one image at each strength."""
+    """A panel for each change: accuracy by strength, and one image at the greatest."""
     plain, changes = table.accuracy.iloc[0], [name for name in table.change.unique() if name != "none"]
     columns = 4
     figure, axes = script.new_figure(14, 3.6 * -(-len(changes) // columns), columns, -(-len(changes) // columns))
