@@ -68,5 +68,5 @@ def test_a_network_that_answers_otherwise_is_refused(monkeypatch):
     config = script.Config(model="tiny", image_size=16, dropout=0.0)
     model = export.Exported(script.Trained(script.build_model(config, 3), config, list("abc"),
                                            script.ImageStatistics(255, 16), {}), vote=False).eval()
-    with pytest.raises(script.DataError, match="exported network differ from PyTorch's by .*: nothing was written"):
+    with pytest.raises(script.DataError, match=r"exported network differ from PyTorch's by .*: nothing was written"):
         export.compare(model, b"", 16)

@@ -249,7 +249,7 @@ def test_weights_with_a_flipped_bit_are_refused(tmp_path):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(DataError, match="cannot be used .*not what was written"):
+    with pytest.raises(DataError, match=r"cannot be used .*not what was written"):
         script.fit(dataclasses.replace(config, weights=str(path)), small_data(), CPU)
 
 
