@@ -31,6 +31,7 @@ import copy
 import csv
 import ctypes
 import dataclasses
+import datetime
 import difflib
 import errno
 import functools
@@ -63,6 +64,7 @@ import numpy as np
 import pandas as pd
 import PIL
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor, nn
@@ -433,6 +435,119 @@ def first_line(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Which images of a step are a rank's own: those from `first` to before `last` of `total`.
+
+    A rank that blends them with their neighbours has `lead` images more, which come before its own.
+    """
+
+    total: int
+    first: int
+    last: int
+    lead: int = 0
+
+    @property
+    def places(self) -> np.ndarray:
+        """Positions in the step of all images that the rank needs [lead + last - first]."""
+        return np.arange(self.first - self.lead, self.last) % self.total
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes that torchrun started, of which this is one; each has all images, and its part of every step.
+
+    What they do together, all must do, in the same order. One process alone does it by itself.
+    """
+
+    rank: int = 0
+    count: int = 1
+    local: int = 0  # rank among those of this machine
+
+    def part(self, total: int, lead: int = 0) -> Part:
+        """This rank's part of a step of so many images; the ranks' parts differ by one at the most."""
+        if self.count == 1:
+            return Part(total, 0, total)
+        return Part(total, total * self.rank // self.count, total * (self.rank + 1) // self.count, lead)
+
+    def agree(self, *values: float) -> list[float]:
+        """The greatest of each value over the ranks, so that all decide alike; no rank waits for its GPU."""
+        if self.count == 1:
+            return list(values)
+        greatest = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(greatest, dist.ReduceOp.MAX)
+        return greatest.tolist()
+
+    def add(self, values: Tensor) -> Tensor:
+        """The sum of the ranks' tensors, which takes the place of each."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def ask_first(self, question: Callable):
+        """What rank 0 answers, for all: files that are read or written need not be everywhere."""
+        answer = [question() if self.rank == 0 else None]
+        if self.count > 1:
+            dist.broadcast_object_list(answer, device=torch.device("cpu"))
+        return answer[0]
+
+    @contextlib.contextmanager
+    def in_turn(self):
+        """The first rank of each machine does what is inside before the others, which find what it left."""
+        if self.count > 1 and self.local:
+            dist.barrier()
+        yield
+        if self.count > 1 and not self.local:
+            dist.barrier()
+
+
+def end_with_parent() -> None:
+    """Watch this process's parent from now on, and end when it was killed."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:  # an orphan has another
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def is_launched() -> bool:
+    """Whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def own_rank() -> int:
+    """This process's number among those that torchrun started; 0 where it did not."""
+    return int(os.environ["RANK"]) if is_launched() else 0
+
+
+def join_ranks(device: torch.device) -> Ranks:
+    """Meet the other processes that torchrun started, if it did; leave them at the program's end."""
+    if not is_launched():
+        return Ranks()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        end_with_parent()  # which a torchrun that is killed leaves alone
+        # One machine may decode for hours while the others wait; that a rank has died is noticed by torchrun.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=12))
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+
+
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Whether an error says that another rank has gone, as gloo and NCCL say it."""
+    return is_launched() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
+def warn(message: str) -> None:
+    """A warning on stderr; of many ranks one gives it."""
+    if own_rank() == 0:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
 class Runtime:
     """Where and how the arithmetic is done; no other room asks for the device."""
 
@@ -440,6 +555,7 @@ class Runtime:
     precision: str  # float32, bf16 or fp16
     gpus: int       # how many GPUs share a batch
     eval_batch_size: int = 128
+    ranks: Ranks = Ranks()
 
     def autocast(self) -> torch.autocast:
         """The context in which the network's forward pass runs."""
@@ -460,7 +576,8 @@ class Runtime:
         name = platform.processor() or platform.machine()
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device) + (f" x {self.gpus}" if self.gpus > 1 else "")
-        return f"{self.device} ({name}), {self.precision}, {torch.get_num_threads()} CPU threads"
+        many = f", rank {self.ranks.rank} of {self.ranks.count}" if self.ranks.count > 1 else ""
+        return f"{self.device} ({name}), {self.precision}, {torch.get_num_threads()} CPU threads{many}"
 
 
 def start_runtime(config: Config) -> Runtime:
@@ -482,7 +599,8 @@ def start_runtime(config: Config) -> Runtime:
         keep_freed_memory()
     gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
     # On a CPU, the layers of more images at a time outgrow what keep_freed_memory can keep.
-    return Runtime(device, precision, gpus, config.eval_batch_size or (128 if device.type == "cpu" else 1024))
+    eval_batch_size = config.eval_batch_size or (128 if device.type == "cpu" else 1024)
+    return Runtime(device, precision, gpus, eval_batch_size, join_ranks(device))
 
 
 def keep_freed_memory() -> None:
@@ -503,12 +621,26 @@ def choose_device(wanted: str) -> torch.device:
     """The device asked for, or the first of cuda, mps and cpu that computes."""
     found = torch.accelerator.current_accelerator(check_available=True)
     name = wanted if wanted != "auto" else found.type if found else "cpu"
+    if is_launched():
+        name = own_device(name)
     fault = device_fault(name)
     if fault and wanted != "auto":
         raise UsageError(f"--device {wanted} does not work here: {fault}; try --device auto")
     if fault:
-        print(f"warning: {name} is there but does not compute ({fault}); the CPU is used", file=sys.stderr)
+        warn(f"{name} is there but does not compute ({fault}); the CPU is used")
     return torch.device("cpu" if fault else name)
+
+
+def own_device(name: str) -> str:
+    """A rank's own device of this kind; UsageError where there is none for each."""
+    local, here = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    if name not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: under torchrun each rank takes its own GPU, or all the CPU: --device cuda "
+                         "or cpu")
+    if name == "cuda" and here > torch.cuda.device_count():
+        raise UsageError(f"torchrun started {here} ranks on a machine of {torch.cuda.device_count()} GPUs; give it "
+                         f"--nproc-per-node {torch.cuda.device_count()}")
+    return f"cuda:{local}" if name == "cuda" else name
 
 
 def device_fault(name: str) -> str:
@@ -919,7 +1051,7 @@ def read_symbols(config: Config) -> dict[str, str]:
     try:
         table = read_table(path, ("label", "latex")) if path.exists() else pd.DataFrame({"label": [], "latex": []})
     except DataError as error:
-        print(f"warning: {error}; pictures show labels", file=sys.stderr)
+        warn(f"{error}; pictures show labels")
         return {}
     return dict(zip(table.label, table.latex))
 
@@ -1051,7 +1183,7 @@ def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -
     images, faults = np.zeros((len(paths), statistics.size, statistics.size), dtype=np.uint8), {}
     decode = functools.partial(decode_image, statistics)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
-    pool = ProcessPoolExecutor(max(workers, 1), mp_context=context, initializer=leave_signals_to_parent)
+    pool = ProcessPoolExecutor(max(workers, 1), mp_context=context, initializer=follow_parent)
     try:  # a pool starts processes when it is given work
         results = pool.map(decode, paths, chunksize=DECODE_CHUNK) if workers else map(decode, paths)
         for position, result in enumerate(tqdm(results, "decoding", len(paths), unit="img", disable=None)):
@@ -1064,19 +1196,12 @@ def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -
     return images, faults
 
 
-def leave_signals_to_parent() -> None:
-    """What a decoding process does with the signals that a terminal sends to all: it ends when its parent has ended."""
+def follow_parent() -> None:
+    """Leave the signals that a terminal sends to all to the parent of this decoding process, and end with it."""
     for name, handler in (("SIGINT", signal.SIG_IGN), ("SIGTERM", signal.SIG_DFL), ("SIGUSR1", signal.SIG_IGN)):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handler)
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:  # it has another parent when its own was killed
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    end_with_parent()
 
 
 def file_identities(paths: list[str]) -> np.ndarray:
@@ -1123,8 +1248,7 @@ def write_cache(path: Path, images: np.ndarray, identities: np.ndarray) -> np.nd
             file.write(identities.data)
         return np.memmap(path, np.uint8, "r", shape=images.shape)
     except OSError as error:
-        print(f"warning: {path.parent}: the decoded images cannot be kept ({first_line(error)}); "
-              "the next run decodes again", file=sys.stderr)
+        warn(f"{path.parent}: the decoded images cannot be kept ({first_line(error)}); the next run decodes again")
         return images
 
 
@@ -1175,7 +1299,7 @@ def load_all_images(tables: list[Table], config: Config, statistics: ImageStatis
         for table in tables:
             if len(table.bad) == len(table):
                 raise DataError(f"{table.path}: not one of its images can be used:\n  {listed}")
-        print(f"warning: {count} and left out:\n  {listed}", file=sys.stderr)
+        warn(f"{count} and left out:\n  {listed}")
     return loaded
 
 
@@ -1241,24 +1365,47 @@ def warp_basis(size: int, device: torch.device) -> Tensor:
     return torch.cat([torch.stack([x, y, torch.ones_like(x)]).flatten(1), bumps.flatten(1)])
 
 
-def draw_warps(images: Tensor, config: Config, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+class Draws:
+    """Random numbers for each image of a step: drawn for all of it, so that a rank has those that one alone had."""
+
+    def __init__(self, seed: int, device: torch.device, part: Part | None = None):
+        self.generator, self.total, self.places = torch.Generator(device).manual_seed(seed), None, None
+        if part and len(part.places) != part.total:
+            self.total, self.places = part.total, torch.from_numpy(part.places).to(device)
+
+    def uniform(self, count: int, low: float, high: float, *shape: int) -> Tensor:
+        """Numbers from low to high [count, ...]."""
+        return self.pick(self.empty(count, shape).uniform_(low, high, generator=self.generator))
+
+    def normal(self, count: int, deviation: float, *shape: int) -> Tensor:
+        """Normal deviates [count, ...]."""
+        return self.pick(self.empty(count, shape).normal_(0, 1, generator=self.generator) * deviation)
+
+    def empty(self, count: int, shape: tuple[int, ...]) -> Tensor:
+        return torch.empty(self.total or count, *shape, device=self.generator.device)
+
+    def pick(self, numbers: Tensor) -> Tensor:
+        return numbers if self.places is None else numbers[self.places]
+
+
+def draw_warps(images: Tensor, config: Config, draws: Draws) -> tuple[Tensor, Tensor]:
     """Each image's own warp: weights of warp_basis for the source's x and y [B, 2, 28], and of the horizon [B, 2]."""
-    count, device = len(images), generator.device
+    count = len(images)
 
     def uniform(reach: float, *shape: int) -> Tensor:
-        return torch.empty(count, *shape, device=device).uniform_(-reach, reach, generator=generator)
+        return draws.uniform(count, -reach, reach, *shape)
 
     angle, slant, wide = uniform(math.radians(config.rotation)), uniform(config.shear), uniform(config.stretch).exp()
     cos, sin = angle.cos(), angle.sin()
     affine = torch.stack([cos * wide, slant * cos - sin, sin * wide, slant * sin + cos], dim=1).view(count, 2, 2)
-    bumps = torch.randn(count, 2, ELASTIC_GRID**2, device=device, generator=generator) * config.elastic
+    bumps = draws.normal(count, config.elastic, 2, ELASTIC_GRID**2)
     shift = uniform(2 * config.shift, 2, 1)  # the image spans -1..1
     if config.refit:
         affine, centre = refit(images, affine, bumps)
         shift = shift + centre
     size = 1 + uniform(config.scale, 1, 1)  # the warp looks up sources, so it divides by the size
     if config.crop:
-        chosen, side = torch.rand(2, count, 1, 1, device=device, generator=generator)
+        chosen, side = draws.uniform(count, 0, 1, 2, 1, 1).unbind(1)
         side = (1 - (1 - config.crop_size) * side).where(chosen < config.crop, 1.0)
         size, shift = size / side, shift + uniform(1, 2, 1) * (1 - side)
     return torch.cat([affine / size, shift, bumps], dim=2), uniform(config.perspective, 2)
@@ -1284,50 +1431,49 @@ def refit(images: Tensor, affine: Tensor, bumps: Tensor) -> tuple[Tensor, Tensor
     return affine * ratio, affine @ (new_middle[:, :, None] - ratio * middle[:, :, None])
 
 
-def augment(images: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, config: Config, draws: Draws) -> Tensor:
     """Randomly warped and changed copies: uint8 [B, 1, S, S] to ink 0..1 [B, 1, image_size, image_size].
 
     Each image has its own draw. All geometry is one bilinear resampling, and pixels from outside are paper.
     """
     count, size = len(images), config.image_size
-    weights, horizon = draw_warps(images, config, generator)
+    weights, horizon = draw_warps(images, config, draws)
     basis = warp_basis(size, images.device)
     grid = weights.view(count * 2, -1).mm(basis).view(count, 2, -1)
     if config.perspective:
         grid = grid / (1 + horizon.mm(basis[:2])).unsqueeze(1)
     grid = grid.view(count, 2, size, size).permute(0, 2, 3, 1)
     ink = F.grid_sample(images.float().div_(255), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    return erase(change_ink(change_strokes(ink, config, generator), config, generator), config, generator)
+    return erase(change_ink(change_strokes(ink, config, draws), config, draws), config, draws)
 
 
-def change_strokes(ink: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+def change_strokes(ink: Tensor, config: Config, draws: Draws) -> Tensor:
     """Make each image's strokes thicker or thinner: a blend with its dilation or its erosion by 3x3 pixels."""
     if not config.thickness:
         return ink
-    shares = torch.empty(len(ink), 1, 1, 1, device=ink.device).uniform_(
-        -config.thickness, config.thickness, generator=generator)
+    shares = draws.uniform(len(ink), -config.thickness, config.thickness, 1, 1, 1)
     thick, thin = F.max_pool2d(ink, 3, 1, 1), -F.max_pool2d(-ink, 3, 1, 1)
     return torch.lerp(ink, thick.where(shares > 0, thin), shares.abs())
 
 
-def change_ink(ink: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+def change_ink(ink: Tensor, config: Config, draws: Draws) -> Tensor:
     """Make each image's ink fainter and bend its grey levels; paper stays paper."""
-    draws = torch.rand(2, len(ink), 1, 1, 1, device=ink.device, generator=generator)
+    bend, fainter = draws.uniform(len(ink), 0, 1, 2, 1, 1, 1).unbind(1)
     if config.contrast:  # ink + bend * ink * (1 - ink) keeps 0, 1 and the order of greys for |bend| <= 1
-        ink = ink * (1 + config.contrast * (2 * draws[0] - 1) * (1 - ink))
+        ink = ink * (1 + config.contrast * (2 * bend - 1) * (1 - ink))
     if config.brightness:
-        ink = ink * (1 - config.brightness * draws[1])
+        ink = ink * (1 - config.brightness * fainter)
     return ink
 
 
-def erase(ink: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+def erase(ink: Tensor, config: Config, draws: Draws) -> Tensor:
     """Turn one rectangle to paper in a share of the images (arXiv:1708.04896)."""
     if not config.erasing:
         return ink
-    chosen, *draws = torch.rand(5, len(ink), 1, device=ink.device, generator=generator)
+    chosen, *numbers = draws.uniform(len(ink), 0, 1, 5, 1).unbind(1)
     line = torch.linspace(0, 1, ink.shape[-1], device=ink.device)
     inside = []
-    for middle, extent in (draws[:2], draws[2:]):
+    for middle, extent in (numbers[:2], numbers[2:]):
         inside.append((line - middle).abs() <= extent * config.erasing_size / 2)
     hole = inside[0][:, :, None] & inside[1][:, None, :] & (chosen < config.erasing)[:, :, None]
     return ink.masked_fill(hole[:, None], 0)
@@ -1773,7 +1919,7 @@ class Progress:
     best: dict | None = None                # the best of them
     setbacks: int = 0                       # how often training went back to a sound state
 
-    def close_epoch(self, row: dict, better: bool, faults: float) -> None:
+    def turn_over(self, row: dict, better: bool, faults: float) -> None:
         """Enter an epoch's row, and turn to the next epoch."""
         self.history.append(row)
         self.best = row if better else self.best
@@ -1789,14 +1935,15 @@ class RunKeeper:
     """Keeps a training's state: in memory, to go back to, and in last.pth, from which another process can go on.
 
     Without a path it keeps it in memory alone. `about` tells one run from another: settings, data, classes, device.
+    Of many ranks the first one reads and writes.
     """
 
     def __init__(self, config: Config, path: Path | None = None, about: dict | None = None,
-                 stops: StopSignals | None = None):
+                 stops: StopSignals | None = None, ranks: Ranks = Ranks()):
         self.config, self.path, self.about, self.stops = config, path, about or {}, stops or StopSignals()
-        self.found, self.started, self.saved = None, time.monotonic(), time.monotonic()
+        self.found, self.started, self.saved, self.ranks = None, time.monotonic(), time.monotonic(), ranks
         if path and config.resume:
-            self.found = self.find()
+            self.found = ranks.ask_first(self.find)
         elif path:
             self.discard()
 
@@ -1826,7 +1973,7 @@ class RunKeeper:
                 raise DataError(f"{path}: holds an unfinished run with {difference}; give its settings to go on with "
                                 "it, or --no-resume to start over")
             for fault in faults:
-                print(f"warning: {fault}; the one before it is taken", file=sys.stderr)
+                warn(f"{fault}; the one before it is taken")
             best = found["progress"]["best"]
             if best and not self.path.with_name(self.config.model_file).exists():
                 raise DataError(f"{path}: holds an unfinished run whose {self.config.model_file}, of epoch "
@@ -1847,10 +1994,10 @@ class RunKeeper:
         print(f"goes on from {self.files[0].name}: epoch {progress.epoch} of {self.config.num_epochs}, "
               f"step {progress.steps} of {steps_in_epoch(data.train_rows, self.config)}, after "
               f"{progress.trained / 60:.1f} minutes of training")
-        other = [name for name, version in versions().items() if self.found["versions"].get(name) != version]
+        other = [name for name, version in self.made_with().items() if self.found["made_with"].get(name) != version]
         if other:
-            print(f"warning: the run began with another {', '.join(other)}: it may not end with the same bits as if it "
-                  "had never been stopped", file=sys.stderr)
+            warn(f"the run began with another {', '.join(other)}: it may not end with the same bits as if it had never "
+                 "been stopped")
         pace.go_on(progress.trained)
         return progress
 
@@ -1865,21 +2012,29 @@ class RunKeeper:
 
     def is_due(self) -> bool:
         """Whether it is time to save."""
-        late = self.path and time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
-        return bool(late) or self.stops.waiting is not None
+        return bool(self.path) and time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
 
     def save(self, learner: "Learner", progress: Progress, pace: "Pace", least: float = 0.0) -> None:
         """Keep a state in memory, and on the disk, where the one before it stays, if that is `least` seconds ago."""
         progress.trained = pace.spent
         self.remember(learner, progress)
         if self.path and time.monotonic() - self.saved >= least:
-            last, before, following = self.files
-            elapsed = self.elapsed + time.monotonic() - self.started
-            write_content(following, {**self.state, "about": self.about, "elapsed": elapsed, "versions": versions()})
-            if last.exists():
-                os.replace(last, before)
-            os.replace(following, last)
+            if self.ranks.rank == 0:
+                self.write()
             self.saved = time.monotonic()
+
+    def write(self) -> None:
+        """Write the state that is kept to last.pth; the one before it stays beside it."""
+        last, before, following = self.files
+        elapsed = self.elapsed + time.monotonic() - self.started
+        write_content(following, {**self.state, "about": self.about, "elapsed": elapsed, "made_with": self.made_with()})
+        if last.exists():
+            os.replace(last, before)
+        os.replace(following, last)
+
+    def made_with(self) -> dict:
+        """What the bits of a training depend on beside the run's own."""
+        return {**versions(), "number of ranks": self.ranks.count}
 
     def go_back(self, learner: "Learner", progress: Progress, pace: "Pace") -> Progress:
         """Return to the last sound state, to learn at half the rate; DataError after too many such returns."""
@@ -1900,7 +2055,7 @@ class RunKeeper:
 
     def discard(self) -> None:
         """Remove what was saved: the run is over, or starts over."""
-        for path in self.files if self.path else ():
+        for path in self.files if self.path and self.ranks.rank == 0 else ():
             path.unlink(missing_ok=True)
 
 
@@ -2064,6 +2219,33 @@ def gather_statistics(model: nn.Module) -> Tensor:
     return together
 
 
+class SharedDropout(nn.Module):
+    """A dropout that draws for a whole step, so that a rank's own images lose what one rank alone would take."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.part = layer, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        whole = x.new_ones(self.part.total, *x.shape[1:])
+        if isinstance(self.layer, nn.Dropout2d):  # which draws for channels
+            whole = whole[:, :, :1, :1]
+        elif x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):  # numbers are drawn in this order
+            whole = whole.contiguous(memory_format=torch.channels_last)
+        return x * self.layer(whole)[self.part.first:self.part.last]
+
+
+def share_dropout(model: nn.Module) -> list[SharedDropout]:
+    """Put every dropout of a network that ranks train together into a SharedDropout; the weights keep their names."""
+    layers = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, (nn.Dropout, nn.Dropout2d))]
+    shared = [SharedDropout(layer) for _, layer in layers]
+    for (place, _), layer in zip(layers, shared):
+        model.set_submodule(place, layer)
+    return shared
+
+
 class InPrecision(nn.Module):
     """A network that enters the precision itself: the threads of DataParallel do not know the caller's."""
 
@@ -2093,25 +2275,37 @@ class Learner:
 
     def __init__(self, config: Config, model: nn.Module, num_classes: int, runtime: Runtime):
         self.config, self.num_classes, self.runtime, self.step = config, num_classes, runtime, 0
-        self.model, self.updates = model, 0
-        self.network = InPrecision(self.model, runtime)
-        if runtime.gpus > 1 and config.batch_size >= 8 * runtime.gpus:  # batch norm needs several images on each
-            self.network = nn.DataParallel(self.network)
-        if config.compile:
-            self.network = torch.compile(self.network)
+        self.model, self.updates, self.dropouts = model, 0, []
+        if runtime.ranks.count > 1:
+            self.dropouts = share_dropout(self.model)
+            if runtime.device.type == "cuda":  # the only one that it trains on
+                self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        self.statistics = gather_statistics(self.model)
+        self.last_statistics = self.statistics.clone()
+        self.network = self.spread(InPrecision(self.model, runtime))
         self.weights = list(self.model.parameters())
         groups = [{"params": [weight for weight in self.weights if (weight.ndim > 1) == decayed],
                    "weight_decay": config.weight_decay * decayed} for decayed in (True, False)]
         self.optimizer = make_optimizer(config, groups, fused=can_fuse(runtime.device))
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
-        self.statistics = gather_statistics(self.model)
-        self.last_statistics = self.statistics.clone()
         self.average = AveragedWeights(self.model, config.average_decay) if config.average_decay else None
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
             self.optimizer, "max", config.plateau_factor, config.plateau_patience)
         self.rate = 1.0  # what the schedule is multiplied by: less after a setback
         self.sound = torch.ones((), device=runtime.device)  # 1 while all is finite, else 0: left on the device
         self.faults = torch.zeros(2, device=runtime.device)  # steps left out: in all, and one after another till now
+
+    def spread(self, network: nn.Module) -> nn.Module:
+        """The network over all ranks, or over this process's GPUs; compiled where that is asked for."""
+        if self.runtime.ranks.count > 1:
+            options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
+            own_statistics = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
+            network = nn.parallel.DistributedDataParallel(
+                network, gradient_as_bucket_view=True, find_unused_parameters=self.config.freeze_epochs > 0,
+                **{own_statistics: False})  # the name changed with torch 2.13; average_ranks sees to them
+        elif self.runtime.gpus > 1 and self.config.batch_size >= 8 * self.runtime.gpus:  # batch norm needs several
+            network = nn.DataParallel(network)
+        return torch.compile(network) if self.config.compile else network
 
     @property
     def result(self) -> nn.Module:
@@ -2162,30 +2356,43 @@ class Learner:
             layer.train(not frozen)
 
     def learn(self, images: Tensor, classes: Tensor, epoch: int, progress: float, share: float = 1.0,
-              update: bool = True, taught: Tensor | None = None) -> Tensor:
+              update: bool = True, taught: Tensor | None = None, part: Part | None = None) -> Tensor:
         """One step on a batch of uint8 images; gives its summed loss and its number of hits [2], left on the device.
 
         A guess at a blend counts as much as the blend holds of the class that was guessed, and where teachers say
         what to learn, as much as they hold of it. The gradient's `share` is added to those of the batches before it,
-        and an `update` uses them up.
+        and an `update` uses them up. The images are a rank's `part` of the batch, or all of it.
         """
-        config, seed = self.config, seed_of(self.config, epoch, self.step)
-        generator = torch.Generator(self.runtime.device).manual_seed(seed)
-        torch.manual_seed(seed ^ 1)  # dropout draws from the global generator
-        inputs = augment(images, config, generator) if config.augment else to_input(images, config)
-        targets = F.one_hot(classes, self.num_classes).float()
-        if taught is not None:
-            targets = torch.lerp(targets, taught.to(targets), config.teacher_share)
-        inputs, targets = mix(inputs, targets, config, seed)
-        logits = self.network(inputs).float()
-        loss = F.cross_entropy(logits, targets, label_smoothing=config.label_smoothing)
-        self.sound = self.sound * loss.detach().isfinite()
-        self.scaler.scale(loss * share).backward()
+        part, together = part or Part(len(images), 0, len(images)), contextlib.nullcontext()
+        if not update and self.runtime.ranks.count > 1:
+            together = self.network.no_sync()  # the ranks' gradients are averaged with the last batch's
+        inputs, targets = self.prepare(images, classes, epoch, taught, part)
+        for layer in self.dropouts:
+            layer.part = part
+        with together:
+            logits = self.network(inputs).float()
+            loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+            self.sound = self.sound * loss.detach().isfinite()
+            weight = share * len(inputs) * self.runtime.ranks.count / part.total  # of this part in the ranks' mean
+            self.scaler.scale(loss * weight).backward()
         self.step += 1
         if update:
             self.descend(progress)
         hits = targets.gather(1, logits.detach().argmax(dim=1, keepdim=True)).sum()
-        return torch.stack([loss.detach().nan_to_num(0, 0, 0) * len(images), hits])
+        return torch.stack([loss.detach().nan_to_num(0, 0, 0) * len(inputs), hits])
+
+    def prepare(self, images: Tensor, classes: Tensor, epoch: int, taught: Tensor | None,
+                part: Part) -> tuple[Tensor, Tensor]:
+        """The network's inputs [B, 1, S, S] and targets [B, classes] of this step: augmented, taught and blended."""
+        config, seed = self.config, seed_of(self.config, epoch, self.step)
+        torch.manual_seed(seed ^ 1)  # dropout draws from the global generator
+        draws = Draws(seed, self.runtime.device, part)
+        inputs = augment(images, config, draws) if config.augment else to_input(images, config)
+        targets = F.one_hot(classes, self.num_classes).float()
+        if taught is not None:
+            targets = torch.lerp(targets, taught.to(targets), config.teacher_share)
+        inputs, targets = mix(inputs, targets, config, seed)
+        return inputs[part.lead:], targets[part.lead:]
 
     def descend(self, progress: float) -> None:
         """Clipping, the optimizer's step at the schedule's rate, the averages; nothing where numbers are not finite."""
@@ -2195,6 +2402,7 @@ class Learner:
         if self.config.max_grad_norm:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm or math.inf)
+        self.average_ranks()
         sound = self.sound * self.statistics.isfinite().all()
         if self.scaler.is_enabled():  # which leaves steps out by itself, while it looks for the largest scale
             self.scaler.step(self.optimizer)
@@ -2211,6 +2419,14 @@ class Learner:
             self.average.update(self.updates, sound * self.sound)
         self.updates += 1
         self.faults = (self.faults + 1 - sound) * torch.stack([torch.ones_like(sound), 1 - sound])
+
+    def average_ranks(self) -> None:
+        """Give all ranks the same batch statistics, the mean of theirs, and the same opinion of the numbers."""
+        ranks = self.runtime.ranks
+        if ranks.count > 1:
+            change = ranks.add(torch.cat([self.statistics - self.last_statistics, self.sound[None]])) / ranks.count
+            self.statistics.copy_(self.last_statistics + change[:-1])
+            self.sound = (change[-1] == 1).float()
 
 
 def epoch_steps(rows: np.ndarray, config: Config, epoch: int) -> list[np.ndarray]:
@@ -2243,38 +2459,45 @@ def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
 
     Raises Setback where the numbers have gone wrong, and Stopped after the step in which a signal came.
     """
-    config, begun = learner.config, time.monotonic() - progress.seconds
+    config, ranks, begun = learner.config, learner.runtime.ranks, time.monotonic() - progress.seconds
     steps = epoch_steps(data.train_rows, config, progress.epoch)
-    shares = accumulation_shares(len(steps), config.accumulate)
-    totals = torch.tensor(progress.totals, device=learner.runtime.device)  # read when shown, or kept
+    shares, update = accumulation_shares(len(steps), config.accumulate), True
+    before = torch.tensor(progress.totals if ranks.rank == 0 else [0.0, 0.0])
+    totals = before.to(learner.runtime.device, copy=True)  # read when shown, or kept
     learner.model.train()
     if config.freeze_epochs:
         learner.freeze(progress.epoch <= config.freeze_epochs)
-    rest = steps[progress.steps:]
+
+    def pause() -> None:
+        """Bring the progress up to date, if the numbers are sound. Waits for the device."""
+        learner.check_faults()
+        progress.totals = ranks.add(totals.clone()).tolist()
+        progress.seconds = time.monotonic() - begun
+
     with tqdm(total=len(data.train_rows), initial=progress.images, unit="img", unit_scale=True, leave=False,
-              disable=None, desc=f"epoch {progress.epoch}/{config.num_epochs}") as bar:
-        for rows, (images, classes), (share, update) in zip(rest, map(data.dataset.batch, rest),
-                                                            shares[progress.steps:]):
-            done = pace.progress(learner.step)
+              disable=ranks.rank > 0 or None, desc=f"epoch {progress.epoch}/{config.num_epochs}") as bar:
+        for number in range(progress.steps, len(steps)):
+            done, due, stop = ranks.agree(pace.progress(learner.step), keeper.is_due(), keeper.stops.waiting or 0)
+            if update and (due or stop):
+                pause()
+                if stop:
+                    raise Stopped(int(stop))
+                keeper.save(learner, progress, pace)
             if done >= 1:
                 break
+            (share, update), part = shares[number], ranks.part(len(steps[number]), int(config.mixup or config.cutmix))
+            rows = steps[number][part.places]
             taught = None if data.taught is None else data.taught[torch.from_numpy(rows).to(data.taught.device)]
-            totals += learner.learn(images, classes, progress.epoch, done, share, update, taught)
-            progress.steps, progress.images = progress.steps + 1, progress.images + len(rows)
-            if bar.update(len(rows)):  # true when the bar was redrawn, ten times a second at the most
-                mean_loss, accuracy = (totals / progress.images).tolist()
+            totals += learner.learn(*data.dataset.batch(rows), progress.epoch, done, share, update, taught, part)
+            progress.steps, progress.images = number + 1, progress.images + part.total
+            if bar.update(part.total):  # true when the bar was redrawn, ten times a second at the most
+                mean_loss, accuracy = (torch.lerp(before, totals.cpu(), ranks.count) / progress.images).tolist()
                 bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}", lr=f"{learner.learning_rate:.1e}",
                                 refresh=False)
             if update and learner.updates % FAULT_STEPS == 0:
                 learner.check_faults()
-            if update and keeper.is_due():
-                progress.totals, progress.seconds = totals.tolist(), time.monotonic() - begun
-                learner.check_faults()
-                keeper.stops.check()
-                keeper.save(learner, progress, pace)
-    progress.totals, progress.seconds = totals.tolist(), time.monotonic() - begun
-    learner.check_faults()
-    mean_loss, accuracy = (totals / max(progress.images, 1)).tolist()
+    pause()
+    mean_loss, accuracy = (np.array(progress.totals) / max(progress.images, 1)).tolist()
     return {"train_loss": mean_loss, "train_accuracy": accuracy, "learning_rate": learner.learning_rate}
 
 
@@ -2298,18 +2521,22 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
     `seconds` training ends; the schedule is laid over the time there is. A `keeper` with a path makes it a training
     that can be stopped and goes on.
     """
-    keeper, board = keeper or RunKeeper(config), scalar_board(config)
+    keeper, ranks, steps = keeper or RunKeeper(config), runtime.ranks, steps_in_epoch(data.train_rows, config)
+    if len(data.train_rows) // steps < 2 * ranks.count > 2:
+        raise UsageError(f"--batch-size {config.batch_size} is less than two images for each of {ranks.count} ranks; "
+                         "make it larger, or start fewer ranks")
+    board = scalar_board(config) if ranks.rank == 0 else None
     learner = Learner(config, start_model(config, data, runtime), len(data.classes), runtime)
-    pace = Pace(config.num_epochs * steps_in_epoch(data.train_rows, config), seconds)
+    pace = Pace(config.num_epochs * steps, seconds)
     with keeper.stops.hold():
         progress = keeper.begin(learner, data, pace)
-        while not is_over(config, progress, pace.progress(learner.step)):
+        while not is_over(config, progress, *ranks.agree(pace.progress(learner.step))):
             try:
                 row = {"epoch": progress.epoch, **train(learner, data, progress, pace, keeper)}
                 if not progress.images and progress.history:  # the time ended with the epoch before
                     break
                 begun = time.monotonic()
-                with keeper.stops.hold(False):
+                with keeper.stops.hold(ranks.count > 1):  # one rank that left would let the others wait
                     row |= validate(learner.result, data, config, runtime)
             except Setback:
                 progress = keeper.go_back(learner, progress, pace)
@@ -2352,12 +2579,13 @@ def close_epoch(learner: Learner, data: TrainingData, progress: Progress, pace: 
         board.flush()
     if config.schedule == "plateau":
         learner.plateau.step(row["val_accuracy"])
-    better = progress.best is None or is_better(row, progress.best, config)
-    if better:
+    better, writes = progress.best is None or is_better(row, progress.best, config), learner.runtime.ranks.rank == 0
+    if better and writes:
         save_checkpoint(folder / config.model_file, learner.result, config, data.classes, data.statistics, row)
-    progress.close_epoch(row, better, faults)
-    with whole_file(folder / "history.csv") as temporary:
-        pd.DataFrame(progress.history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
+    progress.turn_over(row, better, faults)
+    if writes:
+        with whole_file(folder / "history.csv") as temporary:
+            pd.DataFrame(progress.history, columns=HISTORY_COLUMNS).to_csv(temporary, index=False)
     keeper.save(learner, progress, pace, min(LEAST_SECONDS, 60 * config.checkpoint_minutes))
 
 
@@ -2406,7 +2634,7 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     per_image = min(seconds) / len(rows)
     images = 2 * len(data.val_rows) + test_rows + (len(data.train_rows) if config.neighbours else 0)
     reserve = 10 + 10 * config.pictures + 1.5 * per_image * images  # seconds to import, to write, to exit and to draw
-    left = started + 60 * config.max_minutes - time.monotonic() - reserve
+    left = -runtime.ranks.agree(reserve + time.monotonic() - started - 60 * config.max_minutes)[0]
     if left <= 0 and not goes_on:
         raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: the start took "
                         f"{time.monotonic() - started:.0f} s, validation and prediction will take {reserve:.0f} s")
@@ -2423,16 +2651,16 @@ def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config
     The config is the network's own, for its input. Raises DataError where the model gives no numbers.
     """
     model.eval()
-    places, outputs = np.array_split(np.arange(len(rows)), math.ceil(len(rows) / runtime.eval_batch_size)), None
-    for place in places:
+    own, parts = runtime.ranks.part(len(rows)).places, []
+    for places in np.array_split(own, math.ceil(len(own) / runtime.eval_batch_size)) if len(own) else ():
         with runtime.autocast():
-            output = model(to_input(dataset.batch(rows[place])[0], config))
-        if outputs is None:
-            outputs = np.full((len(rows), output.shape[1]), np.nan, dtype=np.float32)
-        outputs[place] = output.float().cpu().numpy()
-    if np.isnan(outputs).any():
+            parts.append(model(to_input(dataset.batch(rows[places])[0], config)).float().cpu())
+    width, = runtime.ranks.agree(parts[0].shape[1] if parts else 0)  # a rank may have no row
+    outputs = torch.zeros(len(rows), int(width))
+    outputs[own] = torch.cat([outputs[:0], *parts])
+    if runtime.ranks.add(outputs).isnan().any():
         raise DataError("the network gives no numbers for some images: its training diverged; lower --learning-rate")
-    return outputs
+    return outputs.numpy()
 
 
 def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config,
@@ -2539,8 +2767,8 @@ def answer_for_bad_images(table: Table, probabilities: np.ndarray, classes: list
     others = np.setdiff1d(np.arange(len(table)), table.bad)
     commonest = np.bincount(probabilities[others].argmax(axis=1), minlength=len(classes)).argmax()
     probabilities[table.bad] = np.eye(len(classes), dtype=np.float32)[commonest]
-    print(f"warning: {len(table.bad)} of {len(table):,} rows of {table.path} have no usable image: they are given the "
-          f"label {classes[commonest]!r}, the most frequent answer", file=sys.stderr)
+    warn(f"{len(table.bad)} of {len(table):,} rows of {table.path} have no usable image: they are given the label "
+         f"{classes[commonest]!r}, the most frequent answer")
 
 
 def write_submission(path: Path, table: Table, probabilities: np.ndarray, classes: list[str]) -> None:
@@ -2803,6 +3031,14 @@ def write_judgement(folder: Path, prefix: str, judged: Judged, classes: list[str
 
 def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, MathSymbolDataset]:
     """Read and check everything before any training: the complete config, training data, test table and images."""
+    with runtime.ranks.in_turn():  # of each machine's ranks the first decodes, and what is wrong is said once
+        config, data, train_table, test_table, test_dataset = read_everything(config, runtime)
+    taught = ask_teachers(config, train_table, data.classes, runtime)
+    return config, dataclasses.replace(data, taught=taught), test_table, test_dataset
+
+
+def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, Table, MathSymbolDataset]:
+    """The complete config, training data, both tables and the test images."""
     train_table, test_table = read_train_table(config), read_test_table(config)
     classes = sort_classes(train_table.rows.label)
     targets = pd.Categorical(train_table.rows.label, categories=classes).codes.astype(np.int64)
@@ -2824,30 +3060,36 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData
           f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels\n"
           f"model {config.model}{f' (auto: the choice for {runtime.device.type})' if asked == 'auto' else ''}\n"
           f"{summary}")
-    taught = ask_teachers(config, train_table, classes, runtime)
-    return (config, TrainingData(dataset, targets, classes, statistics, train_rows, val_rows, taught), test_table,
+    return (config, TrainingData(dataset, targets, classes, statistics, train_rows, val_rows), train_table, test_table,
             MathSymbolDataset(test_images, None, runtime, config.pin_memory))
 
 
 def run(config: Config, started: float, stops: StopSignals) -> None:
     """Train, predict, write the submission; or go on with it where an earlier process was stopped."""
     folder, runtime = output_folder(config), start_runtime(config)
+    ranks, symbols = runtime.ranks, read_symbols(config)
     print(f"device {runtime.describe()}")
-    symbols = read_symbols(config)
     config, data, test_table, test_dataset = prepare_data(config, runtime)
-    keeper = RunKeeper(config, folder / "last.pth", identify_run(config, data, runtime), stops)
+    about = identify_run(config, data, runtime)
+    if difference := describe_difference(ranks.ask_first(lambda: about), about):
+        raise DataError(f"rank 0 has a run with {difference}: all ranks must read the same files")
+    keeper = RunKeeper(config, folder / "last.pth", about, stops, ranks)
     started -= keeper.elapsed
     seconds = seconds_to_train(config, data, len(test_table), runtime, started, goes_on=keeper.found is not None)
     history = fit(config, data, runtime, seconds, keeper)
-    best = load_checkpoint(folder / config.model_file).alone  # the process before this one may have got further
+    # The process before this one may have got further than its last network alone.
+    best = ranks.ask_first(lambda: load_checkpoint(folder / config.model_file)).alone
     if config.neighbours:
         best = dataclasses.replace(best, model=remember(best, data, runtime))
     judged = judge([best], [data.dataset], data.val_rows, data.targets, runtime) if len(data.val_rows) else None
     if config.neighbours:
         metrics = {**best.metrics, **(score(judged.probabilities, judged.targets) if judged else {})}
         best = dataclasses.replace(best, metrics=metrics)
-        save_checkpoint(folder / config.model_file, best.model, config, data.classes, data.statistics, metrics)
+        if ranks.rank == 0:
+            save_checkpoint(folder / config.model_file, best.model, config, data.classes, data.statistics, metrics)
     probabilities = ensemble_predict([best], [test_dataset], runtime)
+    if ranks.rank:
+        return
     answer_for_bad_images(test_table, probabilities, data.classes)
     write_submission(folder / config.submission_file, test_table, probabilities, data.classes)
     if judged:
@@ -2870,6 +3112,8 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     check_sample_submission(config, table, members[0].classes)
     datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
     probabilities = ensemble_predict(members, datasets, runtime)
+    if runtime.ranks.rank:
+        return
     answer_for_bad_images(table, probabilities, members[0].classes)
     write_submission(folder / config.submission_file, table, probabilities, members[0].classes)
     what = "one network" if len(members) == 1 else f"the mean of {len(members)} networks"
@@ -2889,6 +3133,8 @@ def evaluate_command(config: Config, checkpoints: list[str], started: float) -> 
     datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
     rows = np.setdiff1d(np.arange(len(table)), table.bad)
     judged = judge(members, datasets, rows, targets, runtime)
+    if runtime.ranks.rank:
+        return
     figures = score(judged.probabilities, judged.targets)
     write_judgement(folder, "evaluation_", judged, classes, read_symbols(config), config.pictures)
     print(f"{len(rows):,} rows of {table.path}: loss {figures['val_loss']:.4f}, "
@@ -2946,21 +3192,30 @@ def describe_result(config: Config, metrics: dict, history: pd.DataFrame, starte
 
 def exit_status(action: Callable[[StopSignals], None], stopped: str) -> int:
     """Do a program's work; gives 0, or after one line on stderr 1 for bad data, 2 for bad usage, 128 and a signal."""
+    name = f"rank {own_rank()}: error" if own_rank() else "error"
     try:
         with StopSignals() as stops:
             action(stops)
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return error.exit_status
-    except OSError as error:  # a full disk, a folder that vanished
-        print(f"error: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
-        return 1
     except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"error: out of memory ({first_line(error)}); try half the --batch-size", file=sys.stderr)
+        print(f"{name}: out of memory ({first_line(error)}); try half the --batch-size", file=sys.stderr)
+        return 1
+    except OSError as error:  # a full disk, a folder that vanished
+        print(f"{name}: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not is_lost_rank(error):
+            raise
+        print(f"{name}: another rank has gone ({first_line(error)}); the same command goes on", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        print(f"stopped by {signal.Signals(number).name}: {str(stop) or stopped}", file=sys.stderr)
+        if not own_rank():
+            print(f"stopped by {signal.Signals(number).name}: {str(stop) or stopped}", file=sys.stderr)
         return 128 + number
     return 0
 
@@ -2969,6 +3224,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command line; gives the exit status."""
     started = time.monotonic()
     command, checkpoints, config = parse_command_line(argv)
+    if own_rank():  # rank 0 speaks for all
+        sys.stdout = None  # print does nothing then
     if command == "run":
         return exit_status(lambda stops: run(config, started, stops), "the same command goes on with what is saved in "
                            f"last.pth in {config.output_dir}, or starts over where there is none")

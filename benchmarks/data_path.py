@@ -42,11 +42,11 @@ def decode_and_open(config: script.Config) -> tuple[float, float, float, int]:
 def augment_rate(config: script.Config, batch_size: int, seconds: float = 5.0) -> float:
     """Images a second through `augment`."""
     images = (torch.rand(batch_size, 1, 32, 32) < 0.15).to(torch.uint8) * 255
-    generator = torch.Generator().manual_seed(0)
-    script.augment(images, config, generator)
+    draws = script.Draws(0, torch.device("cpu"))
+    script.augment(images, config, draws)
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < seconds:
-        script.augment(images, config, generator)
+        script.augment(images, config, draws)
         done += batch_size
     return done / (time.perf_counter() - started)
 

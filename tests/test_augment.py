@@ -15,8 +15,8 @@ STRONG = Config(image_size=48, rotation=25, scale=0.3, shear=0.3, stretch=0.3, s
                 refit=True, brightness=0.5, contrast=0.8, erasing=0.9, thickness=0.5)
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+def seeded(seed: int = 0) -> script.Draws:
+    return script.Draws(seed, torch.device("cpu"))
 
 
 def pages(count: int = 16) -> torch.Tensor:
