@@ -462,16 +462,17 @@ class Ranks:
     rank: int = 0
     count: int = 1
     local: int = 0  # rank among those of this machine
+    joined: bool = False  # by torchrun, if only to one
 
     def part(self, total: int, lead: int = 0) -> Part:
         """This rank's part of a step of so many images; the ranks' parts differ by one at the most."""
-        if self.count == 1:
+        if not self.joined:
             return Part(total, 0, total)
         return Part(total, total * self.rank // self.count, total * (self.rank + 1) // self.count, lead)
 
     def agree(self, *values: float) -> list[float]:
         """The greatest of each value over the ranks, so that all decide alike; no rank waits for its GPU."""
-        if self.count == 1:
+        if not self.joined:
             return list(values)
         greatest = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(greatest, dist.ReduceOp.MAX)
@@ -479,24 +480,24 @@ class Ranks:
 
     def add(self, values: Tensor) -> Tensor:
         """The sum of the ranks' tensors, which takes the place of each."""
-        if self.count > 1:
+        if self.joined:
             dist.all_reduce(values)
         return values
 
     def ask_first(self, question: Callable):
         """What rank 0 answers, for all: files that are read or written need not be everywhere."""
         answer = [question() if self.rank == 0 else None]
-        if self.count > 1:
+        if self.joined:
             dist.broadcast_object_list(answer, device=torch.device("cpu"))
         return answer[0]
 
     @contextlib.contextmanager
     def in_turn(self):
         """The first rank of each machine does what is inside before the others, which find what it left."""
-        if self.count > 1 and self.local:
+        if self.joined and self.local:
             dist.barrier()
         yield
-        if self.count > 1 and not self.local:
+        if self.joined and not self.local:
             dist.barrier()
 
 
@@ -531,9 +532,14 @@ def join_ranks(device: torch.device) -> Ranks:
     if not dist.is_initialized():
         end_with_parent()  # which a torchrun that is killed leaves alone
         # One machine may decode for hours while the others wait; that a rank has died is noticed by torchrun.
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-                                timeout=datetime.timedelta(hours=12))
-    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+        backend, patience = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", datetime.timedelta(hours=12)
+        store, rank, count = next(dist.rendezvous("env://", timeout=patience))
+        # torchrun's store outlives a restart: the addresses of dead ranks are still in it (seen with torch 2.15).
+        # Machines count their restarts differently: README has what several of them need.
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=patience)
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]), joined=True)
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
@@ -576,7 +582,7 @@ class Runtime:
         name = platform.processor() or platform.machine()
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device) + (f" x {self.gpus}" if self.gpus > 1 else "")
-        many = f", rank {self.ranks.rank} of {self.ranks.count}" if self.ranks.count > 1 else ""
+        many = f", rank {self.ranks.rank} of {self.ranks.count}" if self.ranks.joined else ""
         return f"{self.device} ({name}), {self.precision}, {torch.get_num_threads()} CPU threads{many}"
 
 
@@ -2276,7 +2282,7 @@ class Learner:
     def __init__(self, config: Config, model: nn.Module, num_classes: int, runtime: Runtime):
         self.config, self.num_classes, self.runtime, self.step = config, num_classes, runtime, 0
         self.model, self.updates, self.dropouts = model, 0, []
-        if runtime.ranks.count > 1:
+        if runtime.ranks.joined:
             self.dropouts = share_dropout(self.model)
             if runtime.device.type == "cuda":  # the only one that it trains on
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
@@ -2297,7 +2303,7 @@ class Learner:
 
     def spread(self, network: nn.Module) -> nn.Module:
         """The network over all ranks, or over this process's GPUs; compiled where that is asked for."""
-        if self.runtime.ranks.count > 1:
+        if self.runtime.ranks.joined:
             options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
             own_statistics = "forward_sync_buffers" if "forward_sync_buffers" in options else "broadcast_buffers"
             network = nn.parallel.DistributedDataParallel(
@@ -2364,7 +2370,7 @@ class Learner:
         and an `update` uses them up. The images are a rank's `part` of the batch, or all of it.
         """
         part, together = part or Part(len(images), 0, len(images)), contextlib.nullcontext()
-        if not update and self.runtime.ranks.count > 1:
+        if not update and self.runtime.ranks.joined:
             together = self.network.no_sync()  # the ranks' gradients are averaged with the last batch's
         inputs, targets = self.prepare(images, classes, epoch, taught, part)
         for layer in self.dropouts:
@@ -2423,7 +2429,7 @@ class Learner:
     def average_ranks(self) -> None:
         """Give all ranks the same batch statistics, the mean of theirs, and the same opinion of the numbers."""
         ranks = self.runtime.ranks
-        if ranks.count > 1:
+        if ranks.joined:
             change = ranks.add(torch.cat([self.statistics - self.last_statistics, self.sound[None]])) / ranks.count
             self.statistics.copy_(self.last_statistics + change[:-1])
             self.sound = (change[-1] == 1).float()
@@ -3069,6 +3075,8 @@ def run(config: Config, started: float, stops: StopSignals) -> None:
     folder, runtime = output_folder(config), start_runtime(config)
     ranks, symbols = runtime.ranks, read_symbols(config)
     print(f"device {runtime.describe()}")
+    if runtime.gpus > 1:
+        print(f"one process drives {runtime.gpus} GPUs; faster: torchrun --nproc-per-node={runtime.gpus} script.py")
     config, data, test_table, test_dataset = prepare_data(config, runtime)
     about = identify_run(config, data, runtime)
     if difference := describe_difference(ranks.ask_first(lambda: about), about):

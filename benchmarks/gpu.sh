@@ -26,7 +26,7 @@ measure() {
     cat "$folder/log"
     [ "$status" = 0 ] || tail -n 3 "$folder/errors"
     { [ "$status" = 0 ] || echo "ended with status $status"
-      grep -E '^(80|85) %|^whole command|^averaging|probabilities|median:|peak memory' "$folder/log" || true
+      grep -E '^(80|85) %|^whole command|^averaging|probabilities|median|peak memory' "$folder/log" || true
     } | sed "s/^ */$name|/" >>"$folder/table"
 }
 
@@ -41,6 +41,8 @@ measure "resnet, speed, batch 1024" throughput --data-dir "$competition" --cache
     --seconds 5 --batch-size 1024 --rounds 2
 measure "resnet, speed, batch 1024, compiled" throughput --data-dir "$competition" --cache-dir "$folder/cache" \
     --models resnet --seconds 5 --batch-size 1024 --rounds 2 --compile
+measure "resnet, one rank of torchrun beside none" ranks --data-dir "$competition" --nproc-per-node 1 --model resnet \
+    --rows 20000 --rounds 2
 measure "cnn, seed 0" time_to_accuracy --data-dir "$competition" --model cnn
 measure "cnn, speed" throughput --data-dir "$competition" --cache-dir "$folder/cache" --models cnn --seconds 8
 

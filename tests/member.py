@@ -59,7 +59,7 @@ def signal_at(step: int, number: int) -> None:
 
 def live(rank: int, count: int, port: int, arguments: list[str], log: str, frozen: bool = False, losses: str = "",
          stop: tuple[int, int, int] | None = None, keep: bool = False) -> None:
-    """What the process does: the command line as rank so-and-so, with stdout and stderr in a file.
+    """What the process does: the command line as rank so-and-so, with stdout and stderr in a file; of 0 ranks: alone.
 
     `stop` is a rank, a step and a signal that it gets there.
     """
@@ -68,7 +68,7 @@ def live(rank: int, count: int, port: int, arguments: list[str], log: str, froze
     os.dup2(descriptor, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # as torchrun would have it
-    if count > 1:
+    if count:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     if frozen:
