@@ -2854,13 +2854,13 @@ def write_test_probabilities(path: Path, table: Table, probabilities: np.ndarray
     """
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, ids=table.rows.example_id.to_numpy(dtype=str), classes=np.array(classes),
-                 probabilities=probabilities.astype(np.float32), weight=networks)
+                 probabilities=probabilities.astype(np.float32, order="C"), weight=networks)
 
 
 def read_probabilities(path: Path) -> dict[str, np.ndarray]:
     """What write_test_probabilities wrote, read as data. Raises DataError for a file that is not whole or another."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:  # np.load may leave it open
             saved = {name: file[name] for name in ("ids", "classes", "probabilities", "weight")}
         values, weight = saved["probabilities"], saved["weight"]
         if values.shape != (len(saved["ids"]), len(saved["classes"])) or values.dtype != np.float32:
