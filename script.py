@@ -848,9 +848,9 @@ def extra_settings(config: Config) -> Config:
 
 
 def read_extra_table(config: Config, labels: pd.Series) -> Table | None:
-    """The table of the rows that are trained on beside those of the training table, whose `labels` these are.
+    """extra_csv's rows, which are trained on beside those of the training table; None where none is named.
 
-    None where there is none. Raises DataError for a label that is not among them, unless it may be.
+    Raises DataError for a label that is not among the training table's `labels`, unless extra_classes allows it.
     """
     if not config.extra_csv:
         return None
@@ -2233,8 +2233,8 @@ class Learner:
 
         A guess at a blend counts as much as the blend holds of the class that was guessed, and where teachers say
         what to learn, as much as they hold of it. `weights` [B] are what each image counts in the loss, blended as
-        the images are. The gradient's `share` is added to those of the batches before it,
-        and an `update` uses them up.
+        the images are. The gradient's `share` is added to those of the batches before it, and an `update` uses them
+        up.
         """
         config, seed = self.config, seed_of(self.config, epoch, self.step)
         generator = torch.Generator(self.runtime.device).manual_seed(seed)
@@ -2812,9 +2812,6 @@ def write_submission(path: Path, table: Table, probabilities: np.ndarray, classe
                             "in a CSV")
 
 
-TEST_PROBABILITIES = "test_probabilities.npz"  # what --save-probabilities writes, in output_dir
-
-
 @dataclass(frozen=True, eq=False)
 class Judged:
     """Labelled rows with what a network says of them."""
@@ -2844,6 +2841,9 @@ def write_probabilities(path: Path, judged: Judged, classes: list[str]) -> None:
     """Keep labelled rows' probabilities: the arrays rows, targets, probabilities and classes of an .npz file."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, rows=judged.rows, targets=judged.targets, probabilities=judged.probabilities, classes=classes)
+
+
+TEST_PROBABILITIES = "test_probabilities.npz"  # what --save-probabilities writes, in output_dir
 
 
 def write_test_probabilities(path: Path, table: Table, probabilities: np.ndarray, classes: list[str],
@@ -3104,33 +3104,35 @@ def write_judgement(folder: Path, prefix: str, judged: Judged, classes: list[str
 
 # ==== 11. Commands ====================================================================================================
 
-def add_extra_rows(data: TrainingData, table: Table, config: Config, runtime: Runtime) -> TrainingData:
-    """The training data with the extra table's rows after its own, to be trained on but for those that would leak.
+def same_pixels(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of the images [N, 1, size, size] have the very pixels of one of the others: bool [N]."""
+    found = {hashlib.sha256(image).digest() for image in others}
+    return np.array([hashlib.sha256(image).digest() in found for image in images])
 
-    An image with the very pixels of a validation image is left out. Their images are prepared as the others are.
+
+def add_extra_rows(data: TrainingData, table: Table, config: Config, runtime: Runtime) -> TrainingData:
+    """The training data with the extra table's rows after its own, their images prepared in the same way.
+
+    They are trained on, but for those that show the very pixels of a validation row: these would be known by heart.
     """
-    own = extra_settings(config)
+    own, before = extra_settings(config), data.dataset.images.cpu().numpy()
     images = load_all_images([table], own, data.statistics)[0]
     if look_at_images(table, own).paper != data.statistics.paper:
         print(f"warning: {table.path}: its images have another paper than the training table's "
               f"({'black on white' if data.statistics.paper else 'white on black'}), and are read as if they had the "
               "same; invert them", file=sys.stderr)
-    before = data.dataset.images.cpu().numpy()
-    held_out = {hashlib.sha256(before[row]).digest() for row in data.val_rows}
-    leaks = np.array([hashlib.sha256(image).digest() in held_out for image in images])
-    leaks[table.bad] = False
-    used = np.setdiff1d(np.flatnonzero(~leaks), table.bad)
+    usable = np.setdiff1d(np.arange(len(table)), table.bad)
+    used = usable[~same_pixels(images[usable], before[data.val_rows])]
     print(f"{len(used):,} extra rows of {table.path} to train on, each counts {config.extra_weight:g}"
-          + (f"; {leaks.sum():,} left out: images of validation rows" if leaks.any() else ""))
+          + (f"; {len(usable) - len(used):,} left out: images of validation rows" if len(used) < len(usable) else ""))
     targets = pd.Categorical(table.rows.label, categories=data.classes).codes.astype(np.int64)
     count, targets = len(data.targets), np.concatenate([data.targets, targets])
     weights = torch.ones(len(targets), device=runtime.device)
     weights[count:] = config.extra_weight
-    together = np.concatenate([before, images])
-    return dataclasses.replace(
-        data, dataset=MathSymbolDataset(together, targets, runtime, config.pin_memory), targets=targets,
-        train_rows=np.concatenate([data.train_rows, count + used]), extra=len(table),
-        weights=None if config.extra_weight == 1 else weights)
+    dataset = MathSymbolDataset(np.concatenate([before, images]), targets, runtime, config.pin_memory)
+    return dataclasses.replace(data, dataset=dataset, targets=targets, extra=len(table),
+                               train_rows=np.concatenate([data.train_rows, count + used]),
+                               weights=None if config.extra_weight == 1 else weights)
 
 
 def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, MathSymbolDataset]:
