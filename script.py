@@ -54,7 +54,7 @@ import types
 import typing
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,11 +87,16 @@ class Config:
     train_csv: str = "train.csv"        # training table: image_path,label or label,pixel0,...; or torchvision:MNIST
     test_csv: str = "test.csv"          # test table: example_id,image_path or pixel0,...; evaluate: one with labels
     root_dir: str = "Dataset_Image"     # folder that the tables' image paths start from
+    extra_csv: str = ""                 # another labelled table, whose rows are trained on too and never validated on
+    extra_root: str = ""                # folder that its image paths start from (empty: root_dir)
+    extra_weight: float = 1.0           # what each of its rows counts in the loss, where a row of train_csv counts 1
+    extra_classes: bool = False         # it may hold labels that train_csv does not have
     output_dir: str = "."               # folder where everything is written
     on_bad_image: Literal["error", "skip"] = "error"  # skip: train without, and predict the commonest answer for it
     cache_dir: str = ""                 # folder of decoded and downloaded images (empty: in the user's cache folder)
     model_file: str = "best_model.pth"  # checkpoint of the best epoch, in output_dir
     submission_file: str = "submission.csv"  # what is uploaded, in output_dir
+    save_probabilities: bool = False    # run, predict: write test_probabilities.npz too, which predict can average
     pictures: bool = True               # draw samples, curves, confusions, accuracy by class and predictions
     tensorboard: bool = False           # write each epoch's figures for TensorBoard too, where it is installed
     resume: bool = True                 # go on with the unfinished run that last.pth in output_dir holds
@@ -157,6 +162,10 @@ class Config:
     erasing_size: float = 0.33          # longest side of that rectangle, as a share of the image's
     soften: float = 0.1                 # validation, prediction: share of ink that each neighbour gets, as by a warp
 
+    # Prediction
+    member_weights: str = ""            # predict, evaluate: each file's share, with commas between; validation: found
+    views: int = 1                      # predict, evaluate: looks at an image that are averaged, the first unchanged
+
     # Machine
     eval_batch_size: int | None = None  # images in a step of validation and prediction (auto: what suits the device)
     device: str = "auto"                # cpu, cuda, cuda:1, mps, or auto: the fastest that works
@@ -170,6 +179,7 @@ class Config:
         for name, annotation in typing.get_type_hints(Config).items():
             check_setting(name, annotation, getattr(self, name))
         check_model(self.model)
+        check_member_weights(self.member_weights)
         if not re.fullmatch(r"[0-9]+(, *[0-9]+)*", self.milestones):
             raise ValueError(f"milestones must be epochs with commas between them, not {self.milestones!r}")
         needy = "schedule plateau" if self.schedule == "plateau" else "early_stopping" if self.early_stopping else ""
@@ -191,6 +201,7 @@ LIMITS = {
     "shift": (0, 1), "crop": (0, 1), "crop_size": (0.1, 1), "perspective": (0, 0.45), "elastic": (0, 1),
     "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1), "erasing_size": (0.01, 1), "soften": (0, 0.25),
     "neighbour_share": (0, 0.99), "teacher_share": (0, 1), "thickness": (0, 1), "num_workers": (-1, 1024),
+    "extra_weight": (1e-6, 100), "views": (1, 1000),
 }
 
 # What "auto" stands for, by model: the best seen on validation rows for the cnn (benchmarks/RESULTS.md), else untuned.
@@ -253,13 +264,16 @@ PRESETS = {
 # The settings that `predict` takes from the command line; all others are the checkpoint's.
 PREDICT_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "on_bad_image", "output_dir", "cache_dir",
                     "model_file", "submission_file", "pictures", "eval_batch_size", "device", "precision",
-                    "num_workers", "pin_memory"}
+                    "num_workers", "pin_memory", "save_probabilities", "member_weights", "views"}
 
+# Those of them that say nothing to `run`.
+PREDICT_ONLY = {"member_weights", "views"}
 
 # The settings that may be others when a run goes on: they change where and how, not what.
 RESUME_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "on_bad_image", "output_dir", "cache_dir",
                    "submission_file", "pictures", "tensorboard", "resume", "checkpoint_minutes", "max_minutes",
-                   "device", "num_workers", "pin_memory"}
+                   "device", "num_workers", "pin_memory", "save_probabilities", "extra_csv", "extra_root",
+                   *PREDICT_ONLY}
 
 
 def check_model(name: str) -> None:
@@ -271,6 +285,15 @@ def check_model(name: str) -> None:
         near = difflib.get_close_matches(name if ":" in name else f"torchvision:{name}", known, 5)
         raise ValueError(f"model must be one of auto, {', '.join(MODELS)} or torchvision's, not {name!r}"
                          + (f"; near it are {', '.join(near)}" if near else ""))
+
+
+def check_member_weights(text: str) -> None:
+    """Raise ValueError if member_weights is neither empty, nor `validation`, nor shares that can be used."""
+    shares = [from_text(float, part) for part in text.split(",")]
+    if text not in ("", "validation") and not (
+            all(isinstance(share, float) and 0 <= share < math.inf for share in shares) and any(shares)):
+        raise ValueError("member_weights must be validation, or numbers from 0 up with commas between them and not "
+                         f"all 0, not {text!r}")
 
 
 def check_setting(name: str, annotation, value) -> None:
@@ -310,8 +333,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("words", nargs="*", metavar="COMMAND", default=[],
                         help="run (the default): train, predict and write the submission; predict: the submission of "
-                             "existing checkpoints, averaged (default: model_file in the output folder); evaluate: "
-                             "their accuracy on the labelled rows of test_csv")
+                             "existing checkpoints and test_probabilities.npz, averaged (default: model_file in the "
+                             "output folder); evaluate: their accuracy on the labelled rows of test_csv")
     parser.add_argument("--preset", choices=PRESETS, help="start from this recipe; flags given with it go before it")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for name, annotation in typing.get_type_hints(Config).items():
@@ -338,6 +361,9 @@ def parse_command_line(argv: list[str] | None) -> tuple[str, list[str], Config]:
         parser.error(f"unknown command {command}; the commands are run, predict and evaluate")
     if command == "run" and checkpoints:
         parser.error(f"run takes no checkpoint ({checkpoints[0]}); to use one: script.py predict {checkpoints[0]}")
+    idle = sorted(settings.keys() & PREDICT_ONLY)
+    if command == "run" and idle:
+        parser.error(f"--{idle[0].replace('_', '-')} has no effect on run: it is for predict and evaluate")
     idle = sorted(settings.keys() - PREDICT_SETTINGS)
     if command != "run" and idle:
         parser.error(f"--{idle[0].replace('_', '-')} has no effect on {command}: the checkpoint holds it")
@@ -954,6 +980,31 @@ def read_train_table(config: Config) -> Table:
     return table
 
 
+def extra_settings(config: Config) -> Config:
+    """The config with the extra table in the place of the training table."""
+    return dataclasses.replace(config, train_csv=config.extra_csv, root_dir=config.extra_root or config.root_dir)
+
+
+def read_extra_table(config: Config, labels: pd.Series) -> Table | None:
+    """extra_csv's rows, which are trained on beside those of the training table; None where none is named.
+
+    Raises DataError for a label that is not among the training table's `labels`, unless extra_classes allows it.
+    """
+    if not config.extra_csv:
+        return None
+    own = extra_settings(config)
+    table = open_table(own, own.train_csv, "label", "train")
+    strange = table.rows.index[~table.rows.label.isin(labels)]
+    if len(strange) and not config.extra_classes:
+        more = f" (and {len(strange) - 1} more rows)" if len(strange) > 1 else ""
+        raise DataError(f"{table.path}, row {strange[0]}{more}: the training table has no label "
+                        f"{table.rows.label[strange[0]]!r}; remove the row, or allow new classes with --extra-classes")
+    if table.pixels is None and not Path(own.data_dir, own.root_dir).is_dir():
+        raise DataError(f"{Path(own.data_dir, own.root_dir)}: no such folder; name that of the images of {table.path} "
+                        "with --extra-root")
+    return table
+
+
 def read_test_table(config: Config) -> Table:
     """The table to predict, with example ids. Raises DataError for an id that stands there twice."""
     table = open_table(config, test_table_name(config), "example_id", "test")
@@ -1026,7 +1077,8 @@ def split_rows(targets: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndar
 def describe_classes(classes: list[str], targets: np.ndarray) -> str:
     """One line: how many classes, how unevenly filled, and which are too small to be validated."""
     counts = np.bincount(targets, minlength=len(classes))
-    small = [label for label, count in zip(classes, counts) if count < SMALLEST_CLASS_TO_SPLIT]
+    small = [label for label, count in zip(classes, counts) if 0 < count < SMALLEST_CLASS_TO_SPLIT]
+    counts = counts[counts > 0]  # others are only in the extra table
     text = (f"{len(targets):,} labelled images of {len(counts)} classes, {counts.min():,} to {counts.max():,} a class "
             f"(imbalance {counts.max() / counts.min():.1f} to 1)")
     if small:
@@ -1754,6 +1806,13 @@ def mix(images: Tensor, targets: Tensor, config: Config, seed: int) -> tuple[Ten
     return mixup_data(images, targets, config.mixup_alpha, seed) if config.mixup else (images, targets)
 
 
+def weighted_loss(logits: Tensor, targets: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
+    """The mean over the batch of each row's weight [B] (None: 1) times its cross-entropy with its targets [B, K]."""
+    if weights is None:
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+    return (weights * F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")).mean()
+
+
 def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """Cross-entropy, accuracy, top-3 and mean per-class accuracy of probabilities [N, K]; accuracies as fractions.
 
@@ -2069,7 +2128,7 @@ def identify_run(config: Config, data: "TrainingData", runtime: Runtime) -> dict
     """What makes a run the run that it is: its settings, its training data, its device."""
     total = hashlib.sha256()
     for values in (data.targets, data.train_rows, data.val_rows, data.dataset.images.cpu().numpy(),
-                   *([] if data.taught is None else [data.taught.cpu().numpy()])):
+                   *(part.cpu().numpy() for part in (data.taught, data.weights) if part is not None)):
         total.update(np.ascontiguousarray(values).data)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in RESUME_SETTINGS}
     return {"settings": settings, "classes": data.classes, "data": total.hexdigest(),
@@ -2102,6 +2161,13 @@ class TrainingData:
     train_rows: np.ndarray
     val_rows: np.ndarray
     taught: Tensor | None = None  # what the teachers say of every row: probabilities [rows, classes], float16
+    weights: Tensor | None = None  # what every row counts in the loss [rows], float32; None: 1
+    extra: int = 0  # how many rows, the last ones, are not of the training table
+
+    @property
+    def own_targets(self) -> np.ndarray:
+        """The class numbers of the training table's rows."""
+        return self.targets[: len(self.targets) - self.extra]
 
 
 def start_model(config: Config, data: TrainingData, runtime: Runtime) -> nn.Module:
@@ -2362,25 +2428,27 @@ class Learner:
             layer.train(not frozen)
 
     def learn(self, images: Tensor, classes: Tensor, epoch: int, progress: float, share: float = 1.0,
-              update: bool = True, taught: Tensor | None = None, part: Part | None = None) -> Tensor:
+              update: bool = True, taught: Tensor | None = None, weights: Tensor | None = None,
+              part: Part | None = None) -> Tensor:
         """One step on a batch of uint8 images; gives its summed loss and its number of hits [2], left on the device.
 
         A guess at a blend counts as much as the blend holds of the class that was guessed, and where teachers say
-        what to learn, as much as they hold of it. The gradient's `share` is added to those of the batches before it,
-        and an `update` uses them up. The images are a rank's `part` of the batch, or all of it.
+        what to learn, as much as they hold of it. `weights` [B] are what each image counts in the loss, blended as
+        the images are. The gradient's `share` is added to those of the batches before it, and an `update` uses them
+        up. The images are a rank's `part` of the batch, or all of it.
         """
         part, together = part or Part(len(images), 0, len(images)), contextlib.nullcontext()
         if not update and self.runtime.ranks.joined:
             together = self.network.no_sync()  # the ranks' gradients are averaged with the last batch's
-        inputs, targets = self.prepare(images, classes, epoch, taught, part)
+        inputs, targets, weights = self.prepare(images, classes, epoch, taught, weights, part)
         for layer in self.dropouts:
             layer.part = part
         with together:
             logits = self.network(inputs).float()
-            loss = F.cross_entropy(logits, targets, label_smoothing=self.config.label_smoothing)
+            loss = weighted_loss(logits, targets, self.config.label_smoothing, weights)
             self.sound = self.sound * loss.detach().isfinite()
-            weight = share * len(inputs) * self.runtime.ranks.count / part.total  # of this part in the ranks' mean
-            self.scaler.scale(loss * weight).backward()
+            share = share * len(inputs) * self.runtime.ranks.count / part.total  # of this part in the ranks' mean
+            self.scaler.scale(loss * share).backward()
         self.step += 1
         if update:
             self.descend(progress)
@@ -2493,8 +2561,10 @@ def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
                 break
             (share, update), part = shares[number], ranks.part(len(steps[number]), int(config.mixup or config.cutmix))
             rows = steps[number][part.places]
-            taught = None if data.taught is None else data.taught[torch.from_numpy(rows).to(data.taught.device)]
-            totals += learner.learn(*data.dataset.batch(rows), progress.epoch, done, share, update, taught, part)
+            taught, weights = (None if known is None else known[torch.from_numpy(rows).to(known.device)]
+                               for known in (data.taught, data.weights))
+            totals += learner.learn(*data.dataset.batch(rows), progress.epoch, done, share, update, taught, weights,
+                                    part)
             progress.steps, progress.images = number + 1, progress.images + part.total
             if bar.update(part.total):  # true when the bar was redrawn, ten times a second at the most
                 mean_loss, accuracy = (torch.lerp(before, totals.cpu(), ranks.count) / progress.images).tolist()
@@ -2671,8 +2741,31 @@ def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config
 
 def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config,
             runtime: Runtime) -> np.ndarray:
-    """Probabilities, float32 [rows, classes], in the order of `rows`; arguments and errors as in `infer`."""
-    return torch.from_numpy(infer(model, dataset, rows, config, runtime)).softmax(dim=1).numpy()
+    """Probabilities, float32 [rows, classes], in the order of `rows`; arguments and errors as in `infer`.
+
+    The config's `views` are averaged: the images as they are, and then as `draw_view` draws them.
+    """
+    total = torch.from_numpy(infer(model, dataset, rows, config, runtime)).softmax(dim=1)
+    drawn = dataclasses.replace(config, augment=False)  # for to_input: warped images need no softening
+    for view in range(1, config.views):
+        images = draw_view(dataset, rows, config, view, runtime)
+        total += torch.from_numpy(infer(model, images, np.arange(len(rows)), drawn, runtime)).softmax(dim=1)
+    return (total / config.views).numpy()
+
+
+VIEW_ROWS = 128  # whose augmentation is drawn at a time, whatever the batches are
+
+
+def draw_view(dataset: MathSymbolDataset, rows: np.ndarray, config: Config, view: int,
+              runtime: Runtime) -> MathSymbolDataset:
+    """These rows as `augment` draws them, from seed, view and a row's place alone, at the network's size."""
+    images = np.empty((len(rows), 1, config.image_size, config.image_size), dtype=np.uint8)
+    for start in range(0, len(rows), VIEW_ROWS):
+        place = slice(start, start + VIEW_ROWS)
+        draws = Draws(seed_of(config, view, start), runtime.device)
+        ink = augment(dataset.batch(rows[place])[0], config, draws)
+        images[place] = (255 * ink).round().byte().cpu().numpy()
+    return MathSymbolDataset(images, None, runtime, config.pin_memory)
 
 
 def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> NeighbourVote:
@@ -2706,42 +2799,190 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
     return total / len(members)
 
 
-def ask_teachers(config: Config, table: Table, classes: list[str], runtime: Runtime) -> Tensor | None:
-    """What the config's teachers say, on average, of every row of the training table; None without teachers.
+@dataclass(frozen=True)
+class Member:
+    """One file of an ensemble, a checkpoint or saved probabilities: what must be known of it before it is asked."""
 
-    The networks alone: their memories would give each row its own label back (distillation, arXiv:1503.02531).
+    path: Path
+    classes: list[str]
+    networks: int = 1                          # how many its probabilities are the mean of
+    config: Config | None = None               # the network's; None for saved probabilities, which need no images
+    statistics: ImageStatistics | None = None  # how it wants its images
+
+
+def look_at_member(path: Path, table: Table | None = None) -> Member:
+    """Read a file of an ensemble to its end, and keep what is small of it.
+
+    Raises DataError where it cannot be used; saved probabilities must be of the rows of `table`.
+    """
+    if path.suffix != ".npz":
+        trained = load_checkpoint(path)
+        return Member(path, trained.classes, 1, trained.config, trained.statistics)
+    if table is None:
+        raise UsageError(f"{path}: saved probabilities of a test table can be averaged by predict alone; name a "
+                         "checkpoint")
+    saved = read_probabilities(path)
+    match_ids(path, saved["ids"], table)
+    return Member(path, saved["classes"].tolist(), int(saved["weight"]))
+
+
+def look_at_members(paths: list[Path], table: Table | None = None) -> list[Member]:
+    """All files of an ensemble, checked before the first is asked. Raises DataError, for other classes too."""
+    members = [look_at_member(path, table) for path in paths]
+    for member in members:
+        differing = set(members[0].classes) ^ set(member.classes)
+        if differing:
+            raise DataError(f"{member.path}: knows other classes than {members[0].path} "
+                            f"({', '.join(sorted(differing)[:5])}); average networks that were trained on the same "
+                            "ones")
+    return members
+
+
+@dataclass(eq=False)
+class Question:
+    """Rows of a table that are to be predicted, with their images as the network that is asked wants them."""
+
+    table: Table
+    rows: np.ndarray  # positions in the table
+    config: Config    # where the images lie, and how many views are taken
+    runtime: Runtime
+    prepared: tuple[ImageStatistics, MathSymbolDataset] | None = None
+
+    def dataset(self, statistics: ImageStatistics) -> MathSymbolDataset:
+        """The rows, prepared in this way; those that were prepared in another way are let go first."""
+        if not self.prepared or self.prepared[0] != statistics:
+            self.prepared = None
+            with self.runtime.ranks.in_turn():
+                self.prepared = statistics, prepare_rows(self.table, self.rows, self.config, statistics, self.runtime)
+        return self.prepared[1]
+
+
+def ask_member(member: Member, question: Question, alone: bool) -> np.ndarray:
+    """One member's probabilities, float32 [rows, its classes]; its network is loaded for it and let go."""
+    if member.config is None:
+        saved = read_probabilities(member.path)
+        return saved["probabilities"][match_ids(member.path, saved["ids"], question.table)[question.rows]]
+    trained, dataset = load_checkpoint(member.path), question.dataset(member.statistics)
+    model = question.runtime.place((trained.alone if alone else trained).model)
+    config = dataclasses.replace(trained.config, views=question.config.views)
+    return predict(model, dataset, np.arange(len(dataset)), config, question.runtime)
+
+
+def ask_members(members: list[Member], question: Question, alone: bool = False) -> Iterator[np.ndarray]:
+    """Each member's probabilities in turn, float32 [rows, classes], classes in the first one's order.
+
+    There is never more than one network in memory. `alone`: without the training images that vote beside them.
+    """
+    for member in members:
+        yield ask_member(member, question, alone)[:, [member.classes.index(label) for label in members[0].classes]]
+
+
+def ensemble_of_files(members: list[Member], question: Question, weights: np.ndarray | None = None,
+                      alone: bool = False) -> np.ndarray:
+    """The members' mean probabilities, float32 [rows, classes], classes in the first one's order.
+
+    Without `weights` [members] a file counts as many times as networks are in it. One is in memory at a time.
+    """
+    weights = np.array([member.networks for member in members]) if weights is None else weights
+    shares, total = (weights / weights.sum()).tolist(), 0
+    for share, probabilities in zip(shares, ask_members(members, question, alone)):
+        total = total + share * probabilities
+    return total
+
+
+def fit_weights(likelihoods: np.ndarray, rounds: int = 1000) -> np.ndarray:
+    """The shares [members], none negative and 1 in all, at which a mean of probabilities has the least cross-entropy.
+
+    `likelihoods` [rows, members] are what each member says of each row's true class; minimised is the convex
+    -mean(log(likelihoods @ shares)), by expectation maximisation, no round of which raises it. The shares fit these
+    rows: on others their mean is a little worse.
+    """
+    likelihoods = np.maximum(likelihoods.astype(np.float64), 1e-12)
+    shares = np.full(likelihoods.shape[1], 1 / likelihoods.shape[1])
+    for _ in range(rounds):
+        shares = shares * (likelihoods / (likelihoods @ shares)[:, None]).mean(axis=0)
+    return shares
+
+
+def find_weights(members: list[Member], config: Config, runtime: Runtime) -> np.ndarray:
+    """The members' shares [members] that fit the validation rows which they share best; says what they are worth."""
+    for member in members:
+        if member.config is None:
+            raise UsageError(f"{member.path}: --member-weights validation asks networks, and these are saved "
+                             "probabilities; name the shares as numbers")
+    question, targets = validation_question(members, config, runtime)
+    with tempfile.TemporaryFile() as file:  # on the disk, so that memory does not grow with the members
+        kept = np.memmap(file, np.float32, "w+", shape=(len(members), len(targets), len(members[0].classes)))
+        for place, probabilities in enumerate(ask_members(members, question)):
+            kept[place] = probabilities
+        shares = fit_weights(kept[:, np.arange(len(targets)), targets].T)
+        equal, fitted = (score(sum(share * own for share, own in zip(each, kept)), targets)
+                         for each in (np.full(len(members), 1 / len(members)), shares))
+    print("weights: " + ", ".join(f"{member.path} {share:.3f}" for member, share in zip(members, shares)))
+    for name, figures in (("with equal weights", equal), ("with these weights", fitted)):
+        print(f"{len(targets):,} validation rows {name}: loss {figures['val_loss']:.4f}, accuracy "
+              f"{figures['val_accuracy']:.2%}")
+    print("these rows chose the weights: on others the gain is smaller, and may be none")
+    return shares
+
+
+def choose_weights(members: list[Member], config: Config, runtime: Runtime) -> np.ndarray:
+    """What each member counts [members]: its number of networks, or what member_weights says or asks for."""
+    if config.member_weights == "validation":
+        return find_weights(members, config, runtime)
+    if not config.member_weights:
+        return np.array([member.networks for member in members], dtype=float)
+    shares = [float(share) for share in config.member_weights.split(",")]
+    if len(shares) != len(members):
+        raise UsageError(f"--member-weights {config.member_weights}: {len(shares)} numbers for {len(members)} files; "
+                         "name one for each")
+    return np.array(shares)
+
+
+def ask_teachers(config: Config, tables: list[Table], classes: list[str], runtime: Runtime) -> Tensor | None:
+    """What the config's teachers say, on average, of every row of the training table, then of the extra one if any.
+
+    None without teachers. The networks alone: their memories would give each row its own label back (distillation,
+    arXiv:1503.02531).
     """
     paths = [Path(path.strip()) for path in config.teachers.split(",") if path.strip()]
     if not paths:
         return None
-    members = [load_checkpoint(path).alone for path in paths]
-    for place, member in enumerate(members):
+    members = [look_at_member(path) for path in paths]
+    for member in members:
         if set(member.classes) != set(classes):
-            raise DataError(f"{paths[place]}: a teacher must know the classes of {table.path}, each one and no other")
+            raise DataError(f"{member.path}: a teacher must know the classes of "
+                            f"{' and '.join(table.path for table in tables)}, each one and no other")
         seed, share = member.config.split_seed, member.config.train_val_split
         if (seed, share) != (config.split_seed, config.train_val_split):
-            raise DataError(f"{paths[place]}: a teacher must have left the same rows to validation; take its "
+            raise DataError(f"{member.path}: a teacher must have left the same rows to validation; take its "
                             f"--split-seed {seed} --train-val-split {share}")
-    probabilities = ensemble_predict(members, member_datasets(members, table, np.arange(len(table)), config, runtime),
-                                     runtime)
-    taught = torch.from_numpy(probabilities[:, [members[0].classes.index(label) for label in classes]]).half()
+    order, parts = [members[0].classes.index(label) for label in classes], []
+    for table, own in zip(tables, (config, extra_settings(config))):
+        question = Question(table, np.arange(len(table)), own, runtime)
+        parts.append(torch.from_numpy(ensemble_of_files(members, question, alone=True)[:, order]).half())
+    taught = torch.cat(parts)
     return taught.to(runtime.device) if runtime.has_room_for(taught.nbytes) else taught
+
+
+def prepare_rows(table: Table, rows: np.ndarray, config: Config, statistics: ImageStatistics,
+                 runtime: Runtime) -> MathSymbolDataset:
+    """These rows of a table as a dataset, its images prepared by the statistics."""
+    images = load_all_images([table], config, statistics)[0]
+    return MathSymbolDataset(images if len(rows) == len(images) else images[rows], None, runtime, config.pin_memory)
 
 
 def member_datasets(members: list[Trained], table: Table, rows: np.ndarray, config: Config,
                     runtime: Runtime) -> list[MathSymbolDataset]:
     """These rows of a table as each member's dataset, its images prepared in the member's way."""
-    datasets = {}
-    for statistics in {member.statistics for member in members}:
-        images = load_all_images([table], config, statistics)[0]
-        picked = images if len(rows) == len(images) else images[rows]
-        datasets[statistics] = MathSymbolDataset(picked, None, runtime, config.pin_memory)
+    datasets = {statistics: prepare_rows(table, rows, config, statistics, runtime)
+                for statistics in {member.statistics for member in members}}
     return [datasets[member.statistics] for member in members]
 
 
-def validation_datasets(members: list[Trained], config: Config,
-                        runtime: Runtime) -> tuple[list[MathSymbolDataset], np.ndarray]:
-    """The validation rows that the members share, as each one's dataset, and their class numbers [rows].
+def validation_question(members: list[Trained] | list[Member], config: Config,
+                        runtime: Runtime) -> tuple[Question, np.ndarray]:
+    """The validation rows that the members share, and their class numbers [rows].
 
     The config says in which folder their labelled table lies. Raises DataError where the members were split in
     different ways, since some would be scored on rows that they were trained on, or where the table is not the one
@@ -2753,28 +2994,36 @@ def validation_datasets(members: list[Trained], config: Config,
     own, classes = members[0].config, members[0].classes
     config = dataclasses.replace(config, train_csv=own.train_csv, root_dir=own.root_dir, on_bad_image=own.on_bad_image)
     table = read_train_table(config)
-    if set(table.rows.label) != set(classes):
+    labels = set(table.rows.label)
+    if labels != set(classes) and not (own.extra_classes and labels < set(classes)):
         raise DataError(f"{table.path}: not the classes that the checkpoint was trained on; name its own "
                         "table with --data-dir")
     targets = pd.Categorical(table.rows.label, categories=classes).codes.astype(np.int64)
-    rows = split_rows(targets, members[0].config)[1]
+    rows = split_rows(targets, own)[1]
     if not len(rows):
         raise DataError("the checkpoint was trained on every row (--train-val-split 1): none is left to validate on")
     if config.on_bad_image == "skip":
         load_all_images([table], config, members[0].statistics)  # tells which of them cannot be used
         rows = np.setdiff1d(rows, table.bad)
-    return member_datasets(members, table, rows, config, runtime), targets[rows]
+    return Question(table, rows, config, runtime), targets[rows]
+
+
+def validation_datasets(members: list[Trained], config: Config,
+                        runtime: Runtime) -> tuple[list[MathSymbolDataset], np.ndarray]:
+    """The rows of validation_question as each member's dataset, and their class numbers [rows]; its errors."""
+    question, targets = validation_question(members, config, runtime)
+    return member_datasets(members, question.table, question.rows, question.config, runtime), targets
 
 
 def answer_for_bad_images(table: Table, probabilities: np.ndarray, classes: list[str]) -> None:
-    """Give the rows without a usable image the answer that most others got, and say so."""
+    """Give the rows without a usable image the shares of the others' answers, so the commonest, and say so."""
     if not len(table.bad):
         return
     others = np.setdiff1d(np.arange(len(table)), table.bad)
-    commonest = np.bincount(probabilities[others].argmax(axis=1), minlength=len(classes)).argmax()
-    probabilities[table.bad] = np.eye(len(classes), dtype=np.float32)[commonest]
+    counts = np.bincount(probabilities[others].argmax(axis=1), minlength=len(classes))
+    probabilities[table.bad] = counts / counts.sum()  # saved, they are not taken for a sure answer
     warn(f"{len(table.bad)} of {len(table):,} rows of {table.path} have no usable image: they are given the label "
-         f"{classes[commonest]!r}, the most frequent answer")
+         f"{classes[counts.argmax()]!r}, the most frequent answer")
 
 
 def write_submission(path: Path, table: Table, probabilities: np.ndarray, classes: list[str]) -> None:
@@ -2824,6 +3073,58 @@ def write_probabilities(path: Path, judged: Judged, classes: list[str]) -> None:
     """Keep labelled rows' probabilities: the arrays rows, targets, probabilities and classes of an .npz file."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, rows=judged.rows, targets=judged.targets, probabilities=judged.probabilities, classes=classes)
+
+
+TEST_PROBABILITIES = "test_probabilities.npz"  # what --save-probabilities writes, in output_dir
+
+
+def write_test_probabilities(path: Path, table: Table, probabilities: np.ndarray, classes: list[str],
+                             networks: int) -> None:
+    """Keep a test table's probabilities, the mean of so many networks, for `predict` to average with others.
+
+    The arrays ids, classes, probabilities (float32) and weight (the number of networks) of an .npz file.
+    """
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, ids=table.rows.example_id.to_numpy(dtype=str), classes=np.array(classes),
+                 probabilities=probabilities.astype(np.float32, order="C"), weight=networks)
+
+
+def read_probabilities(path: Path) -> dict[str, np.ndarray]:
+    """What write_test_probabilities wrote, read as data. Raises DataError for a file that is not whole or another."""
+    try:
+        with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as file:  # np.load may leave it open
+            saved = {name: file[name] for name in ("ids", "classes", "probabilities", "weight")}
+        values, weight = saved["probabilities"], saved["weight"]
+        if values.shape != (len(saved["ids"]), len(saved["classes"])) or values.dtype != np.float32:
+            raise ValueError(f"its probabilities are {values.dtype} {values.shape}")
+        if not (np.isfinite(values).all() and (values >= 0).all() and np.allclose(values.sum(axis=1), 1, atol=1e-2)):
+            raise ValueError("its rows are no probabilities")
+        if weight.shape or weight.dtype.kind not in "iu" or weight < 1:
+            raise ValueError("its weight is no number of networks")
+        if any(saved[name].dtype.kind != "U" or len(set(saved[name].tolist())) < len(saved[name])
+               for name in ("ids", "classes")):
+            raise ValueError("its ids or classes are no texts, or stand there twice")
+        return saved
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; write one with --save-probabilities") from None
+    except Exception as error:  # zipfile, zlib and numpy each raise their own
+        raise DataError(f"{path}: no whole file of saved test probabilities ({type(error).__name__}: "
+                        f"{first_line(error)}); write it again with --save-probabilities") from None
+
+
+def match_ids(path: Path, ids: np.ndarray, table: Table) -> np.ndarray:
+    """Where each row of a test table stands among a file's ids [rows]. Raises DataError unless both have the same."""
+    wanted = table.rows.example_id
+    places = pd.Index(ids).get_indexer(wanted)
+    if (places < 0).any():
+        missing = wanted.index[places < 0][0]
+        raise DataError(f"{path}: has no row of the id {wanted[missing]!r}, {table.path}, row {missing}; it must be of "
+                        "the same test table")
+    if len(ids) > len(wanted):
+        other = np.setdiff1d(ids, wanted.to_numpy(dtype=str))[0]
+        raise DataError(f"{path}: has a row of the id {str(other)!r}, which {table.path} does not have; it must be of "
+                        "the same test table")
+    return places
 
 
 def class_table(judged: Judged, classes: list[str]) -> pd.DataFrame:
@@ -3035,18 +3336,52 @@ def write_judgement(folder: Path, prefix: str, judged: Judged, classes: list[str
 
 # ==== 11. Commands ====================================================================================================
 
+def same_pixels(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which of the images [N, 1, size, size] have the very pixels of one of the others: bool [N]."""
+    found = {hashlib.sha256(image).digest() for image in others}
+    return np.array([hashlib.sha256(image).digest() in found for image in images])
+
+
+def add_extra_rows(data: TrainingData, table: Table, config: Config, runtime: Runtime) -> TrainingData:
+    """The training data with the extra table's rows after its own, their images prepared in the same way.
+
+    They are trained on, but for those that show the very pixels of a validation row: these would be known by heart.
+    """
+    own, before = extra_settings(config), data.dataset.images.cpu().numpy()
+    images = load_all_images([table], own, data.statistics)[0]
+    if look_at_images(table, own).paper != data.statistics.paper:
+        warn(f"{table.path}: its images have another paper than the training table's "
+             f"({'black on white' if data.statistics.paper else 'white on black'}), and are read as if they had the "
+             "same; invert them")
+    usable = np.setdiff1d(np.arange(len(table)), table.bad)
+    used = usable[~same_pixels(images[usable], before[data.val_rows])]
+    print(f"{len(used):,} extra rows of {table.path} to train on, each counts {config.extra_weight:g}"
+          + (f"; {len(usable) - len(used):,} left out: images of validation rows" if len(used) < len(usable) else ""))
+    targets = pd.Categorical(table.rows.label, categories=data.classes).codes.astype(np.int64)
+    count, targets = len(data.targets), np.concatenate([data.targets, targets])
+    weights = torch.ones(len(targets), device=runtime.device)
+    weights[count:] = config.extra_weight
+    dataset = MathSymbolDataset(np.concatenate([before, images]), targets, runtime, config.pin_memory)
+    return dataclasses.replace(data, dataset=dataset, targets=targets, extra=len(table),
+                               train_rows=np.concatenate([data.train_rows, count + used]),
+                               weights=None if config.extra_weight == 1 else weights)
+
+
 def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, MathSymbolDataset]:
     """Read and check everything before any training: the complete config, training data, test table and images."""
     with runtime.ranks.in_turn():  # of each machine's ranks the first decodes, and what is wrong is said once
-        config, data, train_table, test_table, test_dataset = read_everything(config, runtime)
-    taught = ask_teachers(config, train_table, data.classes, runtime)
+        config, data, tables, test_table, test_dataset = read_everything(config, runtime)
+    taught = ask_teachers(config, tables, data.classes, runtime)
     return config, dataclasses.replace(data, taught=taught), test_table, test_dataset
 
 
-def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, Table, MathSymbolDataset]:
-    """The complete config, training data, both tables and the test images."""
+def read_everything(config: Config,
+                    runtime: Runtime) -> tuple[Config, TrainingData, list[Table], Table, MathSymbolDataset]:
+    """The complete config, the training data and the one or two tables that it is from, the test table and images."""
     train_table, test_table = read_train_table(config), read_test_table(config)
-    classes = sort_classes(train_table.rows.label)
+    extra_table = read_extra_table(config, train_table.rows.label)
+    tables = [table for table in (train_table, extra_table) if table is not None]
+    classes = sort_classes(pd.concat([table.rows.label for table in tables]))
     targets = pd.Categorical(train_table.rows.label, categories=classes).codes.astype(np.int64)
     check_sample_submission(config, test_table, classes)
     print(describe_classes(classes, targets) + describe_repeats(train_table))
@@ -3054,7 +3389,7 @@ def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingD
     if (config.schedule == "plateau" or config.early_stopping) and not len(val_rows):
         raise UsageError("--schedule plateau and --early-stopping need validation rows, and no class has "
                          f"{SMALLEST_CLASS_TO_SPLIT} rows; leave them out")
-    asked, config = config.model, complete_config(config, runtime, len(train_rows))
+    asked, config = config.model, complete_config(config, runtime, len(train_rows) + len(extra_table or ()))
     summary = summarize_model(build_model(config, len(classes)), config)  # before all else: their size may not suit it
     statistics = look_at_images(train_table, config)
     train_images, test_images = load_all_images([train_table, test_table], config, statistics)
@@ -3066,8 +3401,10 @@ def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingD
           f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels\n"
           f"model {config.model}{f' (auto: the choice for {runtime.device.type})' if asked == 'auto' else ''}\n"
           f"{summary}")
-    return (config, TrainingData(dataset, targets, classes, statistics, train_rows, val_rows), train_table, test_table,
-            MathSymbolDataset(test_images, None, runtime, config.pin_memory))
+    data = TrainingData(dataset, targets, classes, statistics, train_rows, val_rows)
+    if extra_table is not None:
+        data = add_extra_rows(data, extra_table, config, runtime)
+    return config, data, tables, test_table, MathSymbolDataset(test_images, None, runtime, config.pin_memory)
 
 
 def run(config: Config, started: float, stops: StopSignals) -> None:
@@ -3100,11 +3437,13 @@ def run(config: Config, started: float, stops: StopSignals) -> None:
         return
     answer_for_bad_images(test_table, probabilities, data.classes)
     write_submission(folder / config.submission_file, test_table, probabilities, data.classes)
+    if config.save_probabilities:
+        write_test_probabilities(folder / TEST_PROBABILITIES, test_table, probabilities, data.classes, 1)
     if judged:
         write_probabilities(folder / "val_probabilities.npz", judged, data.classes)
     write_run_record(folder / "run.json", config, runtime, best.metrics, started)
     if config.pictures:
-        plot_class_distribution(folder / "class_distribution.png", data.classes, data.targets, symbols)
+        plot_class_distribution(folder / "class_distribution.png", data.classes, data.own_targets, symbols)
         plot_samples(folder / "samples.png", data, symbols)
         plot_curves(folder / "curves.png", history, best.metrics["epoch"])
     if judged:
@@ -3114,35 +3453,43 @@ def run(config: Config, started: float, stops: StopSignals) -> None:
 
 
 def predict_command(config: Config, checkpoints: list[str], started: float) -> None:
-    """Write the submission of one or more checkpoints, their probabilities averaged."""
-    folder, (members, runtime) = output_folder(config), load_members(config, checkpoints)
-    table = read_test_table(config)
-    check_sample_submission(config, table, members[0].classes)
-    datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
-    probabilities = ensemble_predict(members, datasets, runtime)
+    """Write the submission of one or more files, checkpoints or saved probabilities, averaged."""
+    folder, table = output_folder(config), read_test_table(config)
+    members, runtime = choose_members(config, checkpoints, table)
+    classes = members[0].classes
+    check_sample_submission(config, table, classes)
+    weights = choose_weights(members, config, runtime)
+    probabilities = ensemble_of_files(members, Question(table, np.arange(len(table)), config, runtime), weights)
     if runtime.ranks.rank:
         return
-    answer_for_bad_images(table, probabilities, members[0].classes)
-    write_submission(folder / config.submission_file, table, probabilities, members[0].classes)
-    what = "one network" if len(members) == 1 else f"the mean of {len(members)} networks"
-    print(f"wrote {folder / config.submission_file}: {len(table):,} rows, {what}, on {runtime.describe()}; "
-          f"{time.monotonic() - started:.1f} s")
+    if any(member.config for member in members):  # saved answers need no image
+        answer_for_bad_images(table, probabilities, classes)
+    write_submission(folder / config.submission_file, table, probabilities, classes)
+    networks = sum(member.networks for member, weight in zip(members, weights) if weight)
+    if config.save_probabilities:
+        write_test_probabilities(folder / TEST_PROBABILITIES, table, probabilities, classes, networks)
+    what = "one network" if networks == 1 else f"the mean of {networks} networks"
+    print(f"wrote {folder / config.submission_file}"
+          f"{f' and {TEST_PROBABILITIES}' if config.save_probabilities else ''}: {len(table):,} rows, {what}, "
+          f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")
 
 
 def evaluate_command(config: Config, checkpoints: list[str], started: float) -> None:
     """Loss and accuracy of one or more checkpoints, averaged, on the labelled rows of test_csv; with pictures."""
-    folder, (members, runtime) = output_folder(config), load_members(config, checkpoints)
+    folder, (members, runtime) = output_folder(config), choose_members(config, checkpoints)
     table, classes = open_table(config, test_table_name(config), "label", "test"), members[0].classes
     unknown = table.rows.index[~table.rows.label.isin(classes)]
     if len(unknown):
         raise DataError(f"{table.path}, row {unknown[0]}: label {table.rows.label[unknown[0]]!r} is none of the "
                         f"{len(classes)} classes that the checkpoint knows; remove the row or name another table")
     targets = pd.Categorical(table.rows.label, categories=classes).codes.astype(np.int64)
-    datasets = member_datasets(members, table, np.arange(len(table)), config, runtime)
+    question = Question(table, np.arange(len(table)), config, runtime)
+    dataset = question.dataset(members[0].statistics)  # which tells what cannot be used, and is drawn
     rows = np.setdiff1d(np.arange(len(table)), table.bad)
-    judged = judge(members, datasets, rows, targets, runtime)
+    probabilities = ensemble_of_files(members, question, choose_weights(members, config, runtime))
     if runtime.ranks.rank:
         return
+    judged = Judged(dataset, rows, targets[rows], probabilities[rows])
     figures = score(judged.probabilities, judged.targets)
     write_judgement(folder, "evaluation_", judged, classes, read_symbols(config), config.pictures)
     print(f"{len(rows):,} rows of {table.path}: loss {figures['val_loss']:.4f}, "
@@ -3155,11 +3502,16 @@ def evaluate_command(config: Config, checkpoints: list[str], started: float) -> 
           f"{time.monotonic() - started:.1f} s")
 
 
-def load_members(config: Config, checkpoints: list[str]) -> tuple[list[Trained], Runtime]:
-    """The named checkpoints, or the one in the output folder, and a runtime of the precision that they were made in."""
+def choose_members(config: Config, checkpoints: list[str], table: Table | None = None) -> tuple[list[Member], Runtime]:
+    """The named files, or the checkpoint in the output folder, and a runtime of the precision that they were made in.
+
+    Saved probabilities, which must be of the rows of `table`, may be among them where there is one.
+    """
     runtime = start_runtime(config)
-    members = [load_checkpoint(Path(path)) for path in checkpoints or [Path(config.output_dir, config.model_file)]]
-    if config.precision == "auto" and members[0].config.precision == "float32":
+    names = checkpoints or [Path(config.output_dir, config.model_file)]
+    members = look_at_members([Path(name) for name in names], table)
+    made_in = next((member.config.precision for member in members if member.config), "")
+    if config.precision == "auto" and made_in == "float32":
         runtime = dataclasses.replace(runtime, precision="float32")
     return members, runtime
 

@@ -14,12 +14,10 @@ from benchmarks import arguments
 
 def main() -> None:
     given = arguments.of_checkpoints(__doc__, several=True)
-    members = [script.load_checkpoint(path) for path in given.checkpoints]
-    if given.alone:
-        members = [member.alone for member in members]
+    members = script.look_at_members(given.checkpoints)
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
     runtime = script.start_runtime(config)
-    datasets, targets = script.validation_datasets(members, config, runtime)
+    question, targets = script.validation_question(members, config, runtime)
     kinds = "accuracy", "top3_accuracy", "class_accuracy", "loss"
     print(f"{len(targets):,} validation rows\n| network | seed | accuracy | top 3 | per class | loss |"
           "\n|---|--:|--:|--:|--:|--:|")
@@ -28,12 +26,12 @@ def main() -> None:
         print(f"| {name} | {seed} | " + " | ".join(f"{100 * value:.2f}" for value in figures[:3])
               + f" | {figures[3]:.4f} |", flush=True)
 
-    singles = []
-    for path, member, dataset in zip(given.checkpoints, members, datasets):
-        figures = script.score(script.ensemble_predict([member], [dataset], runtime), targets)
+    singles, total = [], 0
+    for member, probabilities in zip(members, script.ask_members(members, question, given.alone)):
+        figures, total = script.score(probabilities, targets), total + probabilities
         singles.append([figures[f"val_{kind}"] for kind in kinds])
-        show(path, member.config.seed, singles[-1])
-    together = script.score(script.ensemble_predict(members, datasets, runtime), targets)
+        show(member.path, member.config.seed, singles[-1])
+    together = script.score(total / len(members), targets)
     show("mean of the figures", "", np.mean(singles, axis=0))
     show("mean of the probabilities", "", [together[f"val_{kind}"] for kind in kinds])
     gain = together["val_accuracy"] - np.mean(singles, axis=0)[0]

@@ -21,7 +21,8 @@ def another_value(field):
     if annotation is bool:
         return not field.default
     if annotation is str:
-        return {"model": "resnet", "device": "cpu", "milestones": "3, 7"}.get(field.name, "elsewhere")
+        return {"model": "resnet", "device": "cpu", "milestones": "3, 7",
+                "member_weights": "1, 2"}.get(field.name, "elsewhere")
     low, high = script.LIMITS.get(field.name, (0, 1000))
     kind = (typing.get_args(annotation) or (annotation,))[0]
     value = kind(low + 3 if kind is int else low + min(high - low, 1) * 0.3)
@@ -32,7 +33,8 @@ def another_value(field):
 def test_every_flag_round_trips(field):
     value, flag = another_value(field), "--" + field.name.replace("_", "-")
     argv = [flag if value else "--no-" + flag[2:]] if isinstance(value, bool) else [flag, str(value)]
-    _, _, config = parse_command_line(argv)
+    command = ["predict"] if field.name in script.PREDICT_ONLY else []
+    _, _, config = parse_command_line([*command, *argv])
     assert getattr(config, field.name) == value != field.default
     assert config == dataclasses.replace(Config(), **{field.name: value})
 
@@ -86,6 +88,14 @@ def test_a_flag_goes_before_its_preset():
     (["run", "a.pth"], "script.py predict a.pth"),
     (["predict", "--learning-rate", "1"], "--learning-rate has no effect on predict"),
     (["--seed"], "expected one argument"),
+    (["--views", "5"], "--views has no effect on run: it is for predict and evaluate"),
+    (["--member-weights", "validation"], "--member-weights has no effect on run"),
+    (["predict", "--views", "0"], "views must be from 1 to 1000, not 0"),
+    (["predict", "--extra-csv", "more.csv"], "--extra-csv has no effect on predict"),
+    *((["predict", "--member-weights", text], "member_weights must be validation, or numbers from 0 up")
+      for text in ("1,x", "1;2", "0,0", "1,", "1,nan", "1,inf")),
+    (["predict", "--member-weights=-1,2"], "and not all 0, not '-1,2'"),
+    (["--extra-weight", "0"], "extra_weight must be from 1e-06 to 100, not 0"),
 ])
 def test_wrong_usage_is_one_line_and_status_2(argv, message, capsys):
     with pytest.raises(SystemExit) as stop:

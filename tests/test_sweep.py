@@ -80,6 +80,8 @@ def test_recipes_follow_the_swept_model(arguments, tmp_path):
     (["--split-seed", "1,2"], "--split-seed cannot be swept over"),
     (["--preset", "classic,digits-mlp"], "--preset cannot be swept over"),
     (["--neighbours", "0,30"], "--neighbours has no part in a sweep"),
+    (["--extra-weight", "0.5,1"], "--extra-weight cannot be swept over"),
+    (["--member-weights", "1,2"], "--member-weights has no part in a sweep"),
     (["--no-pictures"], "--no-pictures has no part in a sweep"),
     (["--learning-rate", "0.1", "--batch-size", "32"], "nothing is swept over"),
     (["--learning-rate", "0.1", "--train-val-split", "1"], "a sweep ranks by validation rows"),

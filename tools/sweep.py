@@ -37,10 +37,10 @@ import script
 DEFAULT_GRID = {"learning_rate": [0.001, 0.01, 0.1, 0.5, 1.0], "batch_size": [32, 64, 128, 256, 512]}
 # What the data was read or split by holds for all cells, since it is read once.
 FIXED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "train_val_split", "split_seed", "device",
-         "precision"}
+         "precision", "extra_csv", "extra_root", "extra_weight"}
 # What `run` does around the training has no part in a sweep.
 IDLE = {"output_dir", "model_file", "submission_file", "pictures", "tensorboard", "max_minutes", "neighbours",
-        "neighbour_share"}
+        "neighbour_share", "save_probabilities", *script.PREDICT_ONLY}
 HISTORY = ["last_rate" if name == "learning_rate" else name for name in script.HISTORY_COLUMNS]
 FIGURES = ["train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top3_accuracy", "val_class_accuracy"]
 
