@@ -77,9 +77,8 @@ Schedule = Literal["cosine", "onecycle", "cyclic", "step", "multistep", "plateau
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. None ("auto" on the command line) takes the value of the model's recipe in RECIPES.
-
-    Raises ValueError, naming the field, for a value outside its type or its limits.
+    """All settings of a run. None ("auto" on the command line) takes the value of the model's recipe in RECIPES,
+    and for fold all of them. Raises ValueError, naming the field, for a value outside its type or its limits.
     """
 
     # Files
@@ -995,8 +994,8 @@ def describe_classes(classes: list[str], targets: np.ndarray, parts: int = 0) ->
     text = (f"{len(targets):,} labelled images of {len(counts)} classes, {counts.min():,} to {counts.max():,} a class "
             f"(imbalance {counts.max() / counts.min():.1f} to 1)")
     if small:
-        what = (f"{len(small)} classes have fewer rows than there are parts to validate on ({parts}), so some parts lack "
-                "them" if parts else "too small to be split, so trained on but not validated")
+        what = (f"{len(small)} classes have fewer rows than the {parts} parts of the split, so some parts lack them"
+                if parts else "too small to be split, so trained on but not validated")
         text += (f"; {what}: {', '.join(small[:10])}"
                  + (f" and {len(small) - 10} more" if len(small) > 10 else ""))
     return text
