@@ -77,8 +77,9 @@ Schedule = Literal["cosine", "onecycle", "cyclic", "step", "multistep", "plateau
 
 @dataclass(frozen=True)
 class Config:
-    """All settings of a run. None ("auto" on the command line) takes the value of the model's recipe in RECIPES,
-    and for fold all of them. Raises ValueError, naming the field, for a value outside its type or its limits.
+    """All settings of a run. None ("auto" on the command line) takes the value of the model's recipe in RECIPES.
+
+    Raises ValueError, naming the field, for a value outside its type or its limits.
     """
 
     # Files
@@ -2984,7 +2985,7 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData
           f"model {config.model}{f' (auto: the choice for {runtime.device.type})' if asked == 'auto' else ''}\n"
           f"{summary}")
     data = TrainingData(dataset, targets, classes, statistics, train_rows, val_rows, parts)
-    if not config.folds:  # each of which has its own teachers
+    if not config.folds or config.fold is not None:  # all of them have each its own teachers
         data = dataclasses.replace(data, taught=ask_teachers(config, data, train_table, runtime))
     return config, data, test_table, MathSymbolDataset(test_images, None, runtime, config.pin_memory)
 
@@ -3069,8 +3070,8 @@ def run_folds(config: Config, data: TrainingData, task: Task, started: float) ->
         print(f"fold {fold} of 0 to {config.folds - 1}, in {every[fold].output_dir}", flush=True)
         own = fold_data(data, fold)
         if config.teachers:
-            own = dataclasses.replace(own, taught=ask_teachers(every[fold], own, read_train_table(config),
-                                                               task.runtime))
+            own = dataclasses.replace(own, taught=data.taught if config.fold is not None else ask_teachers(
+                every[fold], own, read_train_table(config), task.runtime))
         used += run_one(every[fold], own, task, time.monotonic(), limit - (limit - used) / (len(left) - place))
     join_folds(config, every, data, task)
 
