@@ -960,7 +960,7 @@ def deal_parts(targets: np.ndarray, groups: np.ndarray, parts: int, seed: int) -
     """The part of each row [N], from 0: a group's rows in one, each class spread as evenly as the groups allow.
 
     The largest groups first, in an order drawn from the seed, each to the part where its classes are rarest. What
-    scikit-learn's StratifiedGroupKFold does, which takes a minute and 400 MB for 134,586 rows of 369 classes.
+    scikit-learn's StratifiedGroupKFold does, which takes half a minute and 0.8 GB for 134,586 rows of 369 classes.
     """
     _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     draws = np.random.default_rng(seed).permutation(len(sizes))
