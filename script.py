@@ -3,18 +3,20 @@
 
     python script.py                                         train, validate, predict, write the submission
     python script.py --data-dir competition --output-dir out --max-minutes 20
+    python script.py --folds 5                               cross-validation; one submission of the five networks' mean
     python script.py predict out/best_model.pth              a submission from a trained model, or the mean of several
     python script.py evaluate out/best_model.pth --test-csv labelled.csv
 
 Reads   train.csv (image_path, label), test.csv (example_id, image_path) and the images below Dataset_Image/;
         or tables of pixels (label, pixel0, pixel1, ...); or torchvision:MNIST and its like.
-Writes  best_model.pth, submission.csv, history.csv, class_accuracy.csv, val_probabilities.npz, run.json and pictures.
+Writes  best_model.pth, submission.csv, history.csv, class_accuracy.csv, val_probabilities.npz, run.json and pictures;
+        with --folds all of it for each fold, in fold0, fold1, ..., and oof_probabilities.npz of their validation rows.
 `python script.py --help` lists every setting.
 
 The rooms, in the order of an image's way from a CSV row to a submission row. To change
      1  Config       a setting, its default, its flag; a preset
      2  Runtime      device and precision; how files are written
-     3  Tables       what a CSV may hold; labels; the validation split
+     3  Tables       what a CSV may hold; labels; the validation split, folds
      4  Images       decoding, the image cache, resident data, augmentation
      5  Models       a network
      6  Loss         loss, mixup, metrics
@@ -138,6 +140,9 @@ class Config:
     max_grad_norm: float = 1.0          # gradients are clipped to this norm (0: never)
     average_decay: float = 0.999        # exponential moving average of weights and batch statistics (0: none)
     train_val_split: float = 0.9        # share of the labelled rows to train on (1: all, and keep the last epoch)
+    folds: int = 0                      # train so many networks, each validated on another part of the rows (0: one)
+    fold: int | None = None             # folds: train this one only, counted from 0 (auto: all, one after another)
+    group_column: str = ""              # column of train_csv: rows of equal value are never split from each other
     select_by: Literal["accuracy", "loss"] = "accuracy"  # validation figure that chooses the epoch to keep
     early_stopping: int = 0             # epochs without a better one after which training ends (0: never)
     seed: int = 0                       # of the first weights and of every random draw
@@ -185,6 +190,7 @@ class Config:
         needy = "schedule plateau" if self.schedule == "plateau" else "early_stopping" if self.early_stopping else ""
         if needy and self.train_val_split == 1:
             raise ValueError(f"{needy} needs validation rows: set train_val_split below 1")
+        check_folds(self)
         for name in ("model_file", "submission_file"):
             if not getattr(self, name) or Path(getattr(self, name)).name != getattr(self, name):
                 raise ValueError(f"{name} must be a file's name without a folder, not {getattr(self, name)!r}; the "
@@ -275,6 +281,9 @@ RESUME_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "on_bad_imag
                    "device", "num_workers", "pin_memory", "save_probabilities", "extra_csv", "extra_root",
                    *PREDICT_ONLY}
 
+# Those that may be others from fold to fold, which may be trained on several machines.
+ON_MACHINE = {"precision", "eval_batch_size", "compile", "deterministic"}
+
 
 def check_model(name: str) -> None:
     """Raise ValueError for a model's name that is none, and name the nearest."""
@@ -294,6 +303,20 @@ def check_member_weights(text: str) -> None:
             all(isinstance(share, float) and 0 <= share < math.inf for share in shares) and any(shares)):
         raise ValueError("member_weights must be validation, or numbers from 0 up with commas between them and not "
                          f"all 0, not {text!r}")
+
+
+def check_folds(config: Config) -> None:
+    """Raise ValueError where folds, fold, group_column and train_val_split do not go together."""
+    if config.folds == 1:
+        raise ValueError("folds must be 0 (one network) or at least 2, not 1")
+    if config.fold is not None and config.fold >= config.folds:
+        raise ValueError(f"fold must be below folds, which is {config.folds}, not {config.fold}; it counts from 0")
+    if config.folds and config.train_val_split == 1:
+        raise ValueError("folds has rows to validate on in each: train_val_split must not be 1")
+    if config.group_column == "label" or re.fullmatch(PIXEL, config.group_column):
+        raise ValueError(f"group_column must be a column of its own, not {config.group_column!r}")
+    if config.group_column and parts_of(config) == 1:
+        raise ValueError("group_column needs train_val_split at 0.5 or more, or folds")
 
 
 def check_setting(name: str, annotation, value) -> None:
@@ -790,15 +813,20 @@ class Table:
 def open_table(config: Config, name: str, column: str, part: Literal["train", "test"]) -> Table:
     """A table by its name, with `column` (label or example_id) and its images: files, pixels or torchvision's.
 
-    Which kind it is, is found from the file itself. Raises DataError naming the file, the row and the remedy.
+    Which kind it is, is found from the file itself. The part to train on has its group_column too. Raises DataError
+    naming the file, the row and the remedy.
     """
+    group = config.group_column if part == "train" else ""
+    if name.startswith("torchvision:") and group:
+        raise UsageError(f"{name} has no column {group!r}: --group-column is for tables of your own")
     if name.startswith("torchvision:"):
         return torchvision_table(config, name, column, part)
     path = Path(config.data_dir, name)
     header = read_csv(path, ("image_path", column), nrows=0).columns.str.strip()
     if "image_path" not in header and header.str.fullmatch(PIXEL).any():
-        return pixel_table(path, header, column)
-    rows = read_table(path, ("image_path", "label") if column == "label" else (column, "image_path"))
+        return pixel_table(path, header, column, group)
+    columns = ("image_path", "label") if column == "label" else (column, "image_path")
+    rows = read_table(path, columns + (group,) * (group not in (*columns, "")))
     return Table(str(path), rows, faults=path_faults(rows.image_path, Path(config.data_dir, config.root_dir)))
 
 
@@ -870,15 +898,16 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
 PIXEL = r"pixel[0-9]+"
 
 
-def pixel_table(path: Path, header: pd.Index, column: str) -> Table:
+def pixel_table(path: Path, header: pd.Index, column: str, group: str = "") -> Table:
     """A table whose columns pixel0, pixel1, ... hold a square image, row by row, in grey levels of 0 to 255.
 
-    Rows to predict count from 1 where they have no ids. Raises DataError naming the file, the row and the remedy.
+    `group` is a column to keep beside the label. Rows to predict count from 1 where they have no ids. Raises DataError
+    naming the file, the row and the remedy.
     """
     names = pixel_names(path, header)
     side = math.isqrt(len(names))
     ids = next((name for name in ("example_id", "ImageId") if name in header), None)
-    texts = ["label"] if column == "label" else [ids] if ids else []
+    texts = ["label", *[group] * bool(group)] if column == "label" else [ids] if ids else []
     check_columns(path, header, tuple(texts))
     kinds = {**dict.fromkeys(header, str), **dict.fromkeys(names, np.int16)}
     try:
@@ -887,7 +916,7 @@ def pixel_table(path: Path, header: pd.Index, column: str) -> Table:
     except DataError:
         raise DataError(pixel_fault(path, header)) from None
     pixels = table[names].to_numpy()
-    rows = table[texts].set_axis([column] * len(texts), axis=1) if texts else pd.DataFrame(
+    rows = table[texts].rename(columns={ids: column}) if texts else pd.DataFrame(
         {column: [str(number) for number in range(1, len(table) + 1)]})
     rows.index = pd.RangeIndex(2, len(rows) + 2)
     check_cells(path, rows)
@@ -1074,15 +1103,91 @@ def split_rows(targets: np.ndarray, config: Config) -> tuple[np.ndarray, np.ndar
     return np.flatnonzero(~held_out), np.flatnonzero(held_out)
 
 
-def describe_classes(classes: list[str], targets: np.ndarray) -> str:
-    """One line: how many classes, how unevenly filled, and which are too small to be validated."""
+def parts_of(config: Config) -> int:
+    """Into how many parts whole groups of rows are dealt; 0 where rows are split one by one, by split_rows."""
+    by_share = not config.folds and config.group_column and config.train_val_split < 1
+    return round(1 / (1 - config.train_val_split)) if by_share else config.folds
+
+
+def divide_rows(config: Config, table: Table, targets: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """The part that each row is validated in [N], decided by split_seed, groups and pixels alone; -1: no usable image.
+
+    Raises DataError where the rows are too few for their parts.
+    """
+    usable, parts = np.setdiff1d(np.arange(len(table)), table.bad), np.full(len(table), -1)
+    groups = row_groups(table, images, config.group_column)[usable]
+    parts[usable] = deal_parts(targets[usable], groups, parts_of(config), config.split_seed)
+    sizes = np.bincount(parts[usable], minlength=parts_of(config))
+    if not sizes.min() or sizes.sum() - sizes.max() < 2:
+        raise DataError(f"{table.path}: {len(np.unique(groups))} groups of rows that must stay together are too few "
+                        f"for {parts_of(config)} parts; lower {'--folds' if config.folds else '--train-val-split'}")
+    return parts
+
+
+def part_rows(parts: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the training and of the validation rows where this part is the one to validate on."""
+    return np.flatnonzero((parts != part) & (parts >= 0)), np.flatnonzero(parts == part)
+
+
+def row_groups(table: Table, images: np.ndarray, column: str) -> np.ndarray:
+    """Numbers of the groups that rows belong to [N]: those of equal pixels, or of equal value in the column, share one.
+
+    So do two rows that others connect: images in common to two writers make one group of both.
+    """
+    pixels = pd.factorize(pd.Series(fingerprints(images)))[0]
+    if not column:
+        return pixels
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    values = pd.factorize(table.rows[column])[0] + len(table)  # nodes: 0 to N-1 the pictures, then the values
+    edges = coo_array((np.ones(len(table)), (pixels, values)), shape=(2 * len(table),) * 2)
+    return connected_components(edges, directed=False)[1][pixels]
+
+
+def deal_parts(targets: np.ndarray, groups: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """The part of each row [N], from 0: a group's rows in one, each class spread as evenly as the groups allow.
+
+    The largest groups first, in an order drawn from the seed, each to the part where its classes are rarest. What
+    scikit-learn's StratifiedGroupKFold does, which takes half a minute and 0.8 GB for 134,586 rows of 369 classes.
+    """
+    _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    draws = np.random.default_rng(seed).permutation(len(sizes))
+    order = np.lexsort((draws[groups], -sizes[groups]))  # a group's rows stand together
+    dealt, totals = np.zeros(len(targets), dtype=np.int64), np.bincount(targets)
+    held = np.zeros((parts, len(totals)), dtype=np.int64)
+    together, alone = np.split(order, [sizes[sizes > 1].sum()])
+    for rows in np.split(together, np.flatnonzero(np.diff(groups[together])) + 1) if len(together) else ():
+        own = np.bincount(targets[rows], minlength=len(totals))
+        dealt[rows] = part = np.lexsort((held.sum(axis=1), held @ (own / totals.clip(min=1))))[0]
+        held[part] += own
+    for number in np.unique(targets[alone]):
+        rows = alone[targets[alone] == number]
+        dealt[rows] = fill_up(held[:, number], held.sum(axis=1), len(rows))
+        held[:, number] += np.bincount(dealt[rows], minlength=parts)
+    return dealt
+
+
+def fill_up(held: np.ndarray, sizes: np.ndarray, count: int) -> np.ndarray:
+    """Parts [count] for so many single rows of a class: one at a time to the part that holds least of it.
+
+    Among equals it goes to the smallest. `held` and `sizes` [parts] are the class's rows and all rows dealt before.
+    """
+    levels = np.add.outer(held, np.arange(count)).ravel()  # part by part, what it holds before each row it could get
+    return np.lexsort((np.repeat(sizes, count), levels))[:count] // count
+
+
+def describe_classes(classes: list[str], targets: np.ndarray, parts: int = 0) -> str:
+    """One line: how many classes, how unevenly filled, and which are too small to be validated, or in every part."""
     counts = np.bincount(targets, minlength=len(classes))
-    small = [label for label, count in zip(classes, counts) if 0 < count < SMALLEST_CLASS_TO_SPLIT]
+    small = [label for label, count in zip(classes, counts) if 0 < count < (parts or SMALLEST_CLASS_TO_SPLIT)]
     counts = counts[counts > 0]  # others are only in the extra table
     text = (f"{len(targets):,} labelled images of {len(counts)} classes, {counts.min():,} to {counts.max():,} a class "
             f"(imbalance {counts.max() / counts.min():.1f} to 1)")
     if small:
-        text += (f"; too small to be split, so trained on but not validated: {', '.join(small[:10])}"
+        what = (f"{len(small)} classes have fewer rows than the {parts} parts of the split, so some parts lack them"
+                if parts else "too small to be split, so trained on but not validated")
+        text += (f"; {what}: {', '.join(small[:10])}"
                  + (f" and {len(small) - 10} more" if len(small) > 10 else ""))
     return text
 
@@ -1359,6 +1464,11 @@ def load_all_images(tables: list[Table], config: Config, statistics: ImageStatis
                 raise DataError(f"{table.path}: not one of its images can be used:\n  {listed}")
         warn(f"{count} and left out:\n  {listed}")
     return loaded
+
+
+def fingerprints(images: np.ndarray) -> list[bytes]:
+    """A digest of each image's pixels: equal for equal images of one shape."""
+    return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
 
 
 class MathSymbolDataset(torch.utils.data.Dataset):
@@ -1992,6 +2102,7 @@ class Progress:
         self.faults = faults
 
 
+LAST_FILES = ("last.pth", "last.before.pth", "last.next.pth")
 MOST_SETBACKS = 3   # returns of a training to a sound state
 LEAST_SECONDS = 10  # between two writings at the ends of epochs: on a GPU one may take a second, and writing as long
 
@@ -2015,7 +2126,7 @@ class RunKeeper:
     @property
     def files(self) -> tuple[Path, Path, Path]:
         """last.pth, the one before it, and the next one, which is whole before it takes its name."""
-        return tuple(self.path.with_name(f"last{part}.pth") for part in ("", ".before", ".next"))
+        return tuple(self.path.with_name(name) for name in LAST_FILES)
 
     @property
     def elapsed(self) -> float:
@@ -2128,11 +2239,11 @@ def identify_run(config: Config, data: "TrainingData", runtime: Runtime) -> dict
     """What makes a run the run that it is: its settings, its training data, its device."""
     total = hashlib.sha256()
     for values in (data.targets, data.train_rows, data.val_rows, data.dataset.images.cpu().numpy(),
-                   *(part.cpu().numpy() for part in (data.taught, data.weights) if part is not None)):
+                   *([] if data.weights is None else [data.weights.cpu().numpy()])):
         total.update(np.ascontiguousarray(values).data)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in RESUME_SETTINGS}
     return {"settings": settings, "classes": data.classes, "data": total.hexdigest(),
-            "device": runtime.device.type}
+            "device": runtime.device.type, "taught": "" if data.taught is None else digest(data.taught)}
 
 
 def describe_difference(found: dict, own: dict) -> str:
@@ -2145,6 +2256,8 @@ def describe_difference(found: dict, own: dict) -> str:
         return f"{len(found['classes'])} other classes"
     if found["data"] != own["data"]:
         return "other training rows or images"
+    if found.get("taught", "") != own["taught"]:
+        return "other answers of its teachers"
     return f"device {found['device']} (not {own['device']})" if found["device"] != own["device"] else ""
 
 
@@ -2160,9 +2273,11 @@ class TrainingData:
     statistics: ImageStatistics
     train_rows: np.ndarray
     val_rows: np.ndarray
+    parts: np.ndarray | None = None  # which part, or fold, validates each row; None where rows are split one by one
     taught: Tensor | None = None  # what the teachers say of every row: probabilities [rows, classes], float16
     weights: Tensor | None = None  # what every row counts in the loss [rows], float32; None: 1
     extra: int = 0  # how many rows, the last ones, are not of the training table
+    extra_rows: np.ndarray | None = None  # which of these have a usable image
 
     @property
     def own_targets(self) -> np.ndarray:
@@ -2455,9 +2570,9 @@ class Learner:
         hits = targets.gather(1, logits.detach().argmax(dim=1, keepdim=True)).sum()
         return torch.stack([loss.detach().nan_to_num(0, 0, 0) * len(inputs), hits])
 
-    def prepare(self, images: Tensor, classes: Tensor, epoch: int, taught: Tensor | None,
-                part: Part) -> tuple[Tensor, Tensor]:
-        """The network's inputs [B, 1, S, S] and targets [B, classes] of this step: augmented, taught and blended."""
+    def prepare(self, images: Tensor, classes: Tensor, epoch: int, taught: Tensor | None, weights: Tensor | None,
+                part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This step's inputs [B, 1, S, S], targets [B, classes] and weights [B], augmented and blended."""
         config, seed = self.config, seed_of(self.config, epoch, self.step)
         torch.manual_seed(seed ^ 1)  # dropout draws from the global generator
         draws = Draws(seed, self.runtime.device, part)
@@ -2465,8 +2580,10 @@ class Learner:
         targets = F.one_hot(classes, self.num_classes).float()
         if taught is not None:
             targets = torch.lerp(targets, taught.to(targets), config.teacher_share)
-        inputs, targets = mix(inputs, targets, config, seed)
-        return inputs[part.lead:], targets[part.lead:]
+        if weights is not None:
+            targets = torch.cat([targets, weights[:, None]], dim=1)
+        inputs, targets = (values[part.lead:] for values in mix(inputs, targets, config, seed))
+        return inputs, targets[:, : self.num_classes], None if weights is None else targets[:, -1]
 
     def descend(self, progress: float) -> None:
         """Clipping, the optimizer's step at the schedule's rate, the averages; nothing where numbers are not finite."""
@@ -2712,8 +2829,9 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     reserve = 10 + 10 * config.pictures + 1.5 * per_image * images  # seconds to import, to write, to exit and to draw
     left = -runtime.ranks.agree(reserve + time.monotonic() - started - 60 * config.max_minutes)[0]
     if left <= 0 and not goes_on:
-        raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: the start took "
-                        f"{time.monotonic() - started:.0f} s, validation and prediction will take {reserve:.0f} s")
+        raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: "
+                         f"{time.monotonic() - started:.0f} s of it are over, validation and prediction will take "
+                         f"{reserve:.0f} s")
     return max(left, 0.0)
 
 
@@ -2939,30 +3057,64 @@ def choose_weights(members: list[Member], config: Config, runtime: Runtime) -> n
     return np.array(shares)
 
 
-def ask_teachers(config: Config, tables: list[Table], classes: list[str], runtime: Runtime) -> Tensor | None:
+def ask_teachers(config: Config, data: TrainingData, runtime: Runtime) -> Tensor | None:
     """What the config's teachers say, on average, of every row of the training table, then of the extra one if any.
 
     None without teachers. The networks alone: their memories would give each row its own label back (distillation,
     arXiv:1503.02531).
     """
-    paths = [Path(path.strip()) for path in config.teachers.split(",") if path.strip()]
+    names = config.teachers.replace("{fold}", str(config.fold)) if config.folds else config.teachers
+    paths = [Path(path.strip()) for path in names.split(",") if path.strip()]
     if not paths:
         return None
-    members = [look_at_member(path) for path in paths]
+    members, tables = [look_at_member(path) for path in paths], labelled_tables(config)
     for member in members:
-        if set(member.classes) != set(classes):
-            raise DataError(f"{member.path}: a teacher must know the classes of "
-                            f"{' and '.join(table.path for table in tables)}, each one and no other")
-        seed, share = member.config.split_seed, member.config.train_val_split
-        if (seed, share) != (config.split_seed, config.train_val_split):
-            raise DataError(f"{member.path}: a teacher must have left the same rows to validation; take its "
-                            f"--split-seed {seed} --train-val-split {share}")
-    order, parts = [members[0].classes.index(label) for label in classes], []
+        check_teacher(member, config, data, tables)
+    order, parts = [members[0].classes.index(label) for label in data.classes], []
     for table, own in zip(tables, (config, extra_settings(config))):
         question = Question(table, np.arange(len(table)), own, runtime)
         parts.append(torch.from_numpy(ensemble_of_files(members, question, alone=True)[:, order]).half())
     taught = torch.cat(parts)
     return taught.to(runtime.device) if runtime.has_room_for(taught.nbytes) else taught
+
+
+def check_teacher(teacher: Member, config: Config, data: TrainingData, tables: list[Table]) -> None:
+    """Raise DataError for a teacher of other classes, or one that was trained on rows that are to validate."""
+    if set(teacher.classes) != set(data.classes):
+        raise DataError(f"{teacher.path}: a teacher must know the classes of "
+                        f"{' and '.join(table.path for table in tables)}, each one and no other")
+    if split_settings(teacher.config) != split_settings(config):
+        raise DataError(f"{teacher.path}: a teacher must have left the same rows to validation; take its "
+                        f"{describe_split(teacher.config)}")
+    by_pixels = parts_of(config) and teacher.statistics != data.statistics
+    if by_pixels and not np.array_equal(held_out(teacher, config, tables[0]), data.val_rows):
+        raise DataError(f"{teacher.path}: a teacher must have left the same rows to validation; stored at "
+                        f"{teacher.statistics.size} pixels, other images equal each other than at "
+                        f"{data.statistics.size}")
+
+
+def split_settings(config: Config) -> dict[str, object]:
+    """The settings that decide which rows validate, without those that have no effect."""
+    names = ("split_seed", *(("folds", "fold") if config.folds else ("train_val_split",)),
+             *(("group_column",) if config.group_column else ()))
+    return {name: getattr(config, name) for name in names}
+
+
+def describe_split(config: Config) -> str:
+    """The flags that decide which rows validate."""
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in split_settings(config).items())
+
+
+def held_out(trained: Trained | Member, config: Config, table: Table) -> np.ndarray:
+    """Positions of the rows of its training table that a network was validated on, without those of no usable image.
+
+    The config says where the images lie.
+    """
+    targets = pd.Categorical(table.rows.label, categories=trained.classes).codes.astype(np.int64)
+    if not parts_of(trained.config):
+        return np.setdiff1d(split_rows(targets, trained.config)[1], table.bad)
+    images = load_all_images([table], config, trained.statistics)[0]
+    return part_rows(divide_rows(trained.config, table, targets, images), trained.config.fold or 0)[1]
 
 
 def prepare_rows(table: Table, rows: np.ndarray, config: Config, statistics: ImageStatistics,
@@ -2988,23 +3140,28 @@ def validation_question(members: list[Trained] | list[Member], config: Config,
     different ways, since some would be scored on rows that they were trained on, or where the table is not the one
     they were trained on.
     """
-    if len({(member.config.split_seed, member.config.train_val_split) for member in members}) > 1:
-        raise DataError("the checkpoints were split by different --split-seed or --train-val-split: what one was "
+    ways = {describe_split(member.config) for member in members}
+    if len(ways) > 1:
+        raise DataError(f"the checkpoints were split in different ways ({'; '.join(sorted(ways)[:3])}): what one was "
                         "trained on, another would be validated on; score them one by one")
     own, classes = members[0].config, members[0].classes
-    config = dataclasses.replace(config, train_csv=own.train_csv, root_dir=own.root_dir, on_bad_image=own.on_bad_image)
+    config = dataclasses.replace(config, train_csv=own.train_csv, root_dir=own.root_dir, on_bad_image=own.on_bad_image,
+                                 group_column=own.group_column)
     table = read_train_table(config)
     labels = set(table.rows.label)
     if labels != set(classes) and not (own.extra_classes and labels < set(classes)):
         raise DataError(f"{table.path}: not the classes that the checkpoint was trained on; name its own "
                         "table with --data-dir")
-    targets = pd.Categorical(table.rows.label, categories=classes).codes.astype(np.int64)
-    rows = split_rows(targets, own)[1]
-    if not len(rows):
-        raise DataError("the checkpoint was trained on every row (--train-val-split 1): none is left to validate on")
     if config.on_bad_image == "skip":
         load_all_images([table], config, members[0].statistics)  # tells which of them cannot be used
-        rows = np.setdiff1d(rows, table.bad)
+    one_of_each = {member.statistics: member for member in members}.values()
+    rows, *others = [held_out(member, config, table) for member in one_of_each]
+    if not all(np.array_equal(rows, other) for other in others):
+        raise DataError("the checkpoints were validated on different rows: at the sides in pixels that they store, "
+                        "different images equal each other; score them one by one")
+    if not len(rows):
+        raise DataError("the checkpoint was trained on every row (--train-val-split 1): none is left to validate on")
+    targets = pd.Categorical(table.rows.label, categories=classes).codes.astype(np.int64)
     return Question(table, rows, config, runtime), targets[rows]
 
 
@@ -3069,10 +3226,11 @@ def judge(members: list[Trained], datasets: list[MathSymbolDataset], rows: np.nd
     return Judged(datasets[0], rows, targets[rows], ensemble_predict(members, datasets, runtime, rows))
 
 
-def write_probabilities(path: Path, judged: Judged, classes: list[str]) -> None:
-    """Keep labelled rows' probabilities: the arrays rows, targets, probabilities and classes of an .npz file."""
+def write_probabilities(path: Path, judged: Judged, classes: list[str], **more: np.ndarray) -> None:
+    """Keep labelled rows' probabilities: the arrays rows, targets, probabilities, classes and more of an .npz file."""
     with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, rows=judged.rows, targets=judged.targets, probabilities=judged.probabilities, classes=classes)
+        np.savez(file, rows=judged.rows, targets=judged.targets, probabilities=judged.probabilities, classes=classes,
+                 **more)
 
 
 TEST_PROBABILITIES = "test_probabilities.npz"  # what --save-probabilities writes, in output_dir
@@ -3336,91 +3494,137 @@ def write_judgement(folder: Path, prefix: str, judged: Judged, classes: list[str
 
 # ==== 11. Commands ====================================================================================================
 
-def same_pixels(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which of the images [N, 1, size, size] have the very pixels of one of the others: bool [N]."""
-    found = {hashlib.sha256(image).digest() for image in others}
-    return np.array([hashlib.sha256(image).digest() in found for image in images])
-
-
 def add_extra_rows(data: TrainingData, table: Table, config: Config, runtime: Runtime) -> TrainingData:
-    """The training data with the extra table's rows after its own, their images prepared in the same way.
-
-    They are trained on, but for those that show the very pixels of a validation row: these would be known by heart.
-    """
+    """The training data with the extra table's rows after its own, their images prepared in the same way."""
     own, before = extra_settings(config), data.dataset.images.cpu().numpy()
     images = load_all_images([table], own, data.statistics)[0]
     if look_at_images(table, own).paper != data.statistics.paper:
         warn(f"{table.path}: its images have another paper than the training table's "
              f"({'black on white' if data.statistics.paper else 'white on black'}), and are read as if they had the "
              "same; invert them")
-    usable = np.setdiff1d(np.arange(len(table)), table.bad)
-    used = usable[~same_pixels(images[usable], before[data.val_rows])]
-    print(f"{len(used):,} extra rows of {table.path} to train on, each counts {config.extra_weight:g}"
-          + (f"; {len(usable) - len(used):,} left out: images of validation rows" if len(used) < len(usable) else ""))
     targets = pd.Categorical(table.rows.label, categories=data.classes).codes.astype(np.int64)
     count, targets = len(data.targets), np.concatenate([data.targets, targets])
     weights = torch.ones(len(targets), device=runtime.device)
     weights[count:] = config.extra_weight
     dataset = MathSymbolDataset(np.concatenate([before, images]), targets, runtime, config.pin_memory)
     return dataclasses.replace(data, dataset=dataset, targets=targets, extra=len(table),
-                               train_rows=np.concatenate([data.train_rows, count + used]),
+                               extra_rows=count + np.setdiff1d(np.arange(len(table)), table.bad),
                                weights=None if config.extra_weight == 1 else weights)
+
+
+def split_data(data: TrainingData, train_rows: np.ndarray, val_rows: np.ndarray) -> TrainingData:
+    """The data with these of its own rows to train and to validate on; to train on, the extra rows too.
+
+    But for those that show the very pixels of a validation row: these would be known by heart.
+    """
+    if data.extra:
+        images = data.dataset.images
+        known = set(fingerprints(images[val_rows].cpu().numpy()))
+        new = [digest not in known for digest in fingerprints(images[data.extra_rows].cpu().numpy())]
+        train_rows = np.concatenate([train_rows, data.extra_rows[new]])
+    return dataclasses.replace(data, train_rows=train_rows, val_rows=val_rows)
+
+
+def describe_extra(config: Config, data: TrainingData) -> str:
+    """One line: how many extra rows are trained on, and how many are not."""
+    used = int((data.train_rows >= len(data.own_targets)).sum())
+    left_out = f"; {len(data.extra_rows) - used:,} left out: images of validation rows"
+    return (f"{used:,} extra rows of {config.extra_csv} to train on, each counts {config.extra_weight:g}"
+            + left_out * (used < len(data.extra_rows)))
 
 
 def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, MathSymbolDataset]:
     """Read and check everything before any training: the complete config, training data, test table and images."""
     with runtime.ranks.in_turn():  # of each machine's ranks the first decodes, and what is wrong is said once
-        config, data, tables, test_table, test_dataset = read_everything(config, runtime)
-    taught = ask_teachers(config, tables, data.classes, runtime)
-    return config, dataclasses.replace(data, taught=taught), test_table, test_dataset
+        config, data, test_table, test_dataset = read_everything(config, runtime)
+    if not config.folds or config.fold is not None:  # all of them have each its own teachers
+        data = dataclasses.replace(data, taught=ask_teachers(config, data, runtime))
+    return config, data, test_table, test_dataset
 
 
-def read_everything(config: Config,
-                    runtime: Runtime) -> tuple[Config, TrainingData, list[Table], Table, MathSymbolDataset]:
-    """The complete config, the training data and the one or two tables that it is from, the test table and images."""
-    train_table, test_table = read_train_table(config), read_test_table(config)
-    extra_table = read_extra_table(config, train_table.rows.label)
-    tables = [table for table in (train_table, extra_table) if table is not None]
-    classes = sort_classes(pd.concat([table.rows.label for table in tables]))
+def labelled_tables(config: Config) -> list[Table]:
+    """The training table, and the extra one where there is one."""
+    table = read_train_table(config)
+    return [table, read_extra_table(config, table.rows.label)] if config.extra_csv else [table]
+
+
+def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, MathSymbolDataset]:
+    """The complete config, the training data, the test table and its images."""
+    (train_table, *extra_tables), test_table = labelled_tables(config), read_test_table(config)
+    classes = sort_classes(pd.concat([table.rows.label for table in (train_table, *extra_tables)]))
     targets = pd.Categorical(train_table.rows.label, categories=classes).codes.astype(np.int64)
     check_sample_submission(config, test_table, classes)
-    print(describe_classes(classes, targets) + describe_repeats(train_table))
-    train_rows, val_rows = split_rows(targets, config)
-    if (config.schedule == "plateau" or config.early_stopping) and not len(val_rows):
+    print(describe_classes(classes, targets, parts_of(config)) + describe_repeats(train_table))
+    parts, (train_rows, val_rows) = None, split_rows(targets, config)
+    if (config.schedule == "plateau" or config.early_stopping) and not len(val_rows) and not parts_of(config):
         raise UsageError("--schedule plateau and --early-stopping need validation rows, and no class has "
                          f"{SMALLEST_CLASS_TO_SPLIT} rows; leave them out")
-    asked, config = config.model, complete_config(config, runtime, len(train_rows) + len(extra_table or ()))
+    # All folds get as many epochs, though their rows, which the images decide, may be one more or less.
+    count = len(targets) - len(targets) // parts_of(config) if parts_of(config) else len(train_rows)
+    asked, config = config.model, complete_config(config, runtime, count + sum(map(len, extra_tables)))
     summary = summarize_model(build_model(config, len(classes)), config)  # before all else: their size may not suit it
     statistics = look_at_images(train_table, config)
     train_images, test_images = load_all_images([train_table, test_table], config, statistics)
     dataset = MathSymbolDataset(train_images, targets, runtime, config.pin_memory)
+    if parts_of(config):
+        parts = divide_rows(config, train_table, targets, train_images)
+        train_rows, val_rows = part_rows(parts, config.fold or 0)
     train_rows, val_rows = (np.setdiff1d(rows, train_table.bad) for rows in (train_rows, val_rows))
     if len(train_rows) < 2:
         raise DataError(f"{train_table.path}: fewer than two rows have an image that can be used")
-    print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on, {len(test_table):,} to predict; "
+    print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on"
+          f"{f' in fold {config.fold or 0}' if config.folds else ''}, {len(test_table):,} to predict; "
           f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels\n"
           f"model {config.model}{f' (auto: the choice for {runtime.device.type})' if asked == 'auto' else ''}\n"
           f"{summary}")
-    data = TrainingData(dataset, targets, classes, statistics, train_rows, val_rows)
-    if extra_table is not None:
-        data = add_extra_rows(data, extra_table, config, runtime)
-    return config, data, tables, test_table, MathSymbolDataset(test_images, None, runtime, config.pin_memory)
+    data = TrainingData(dataset, targets, classes, statistics, train_rows, val_rows, parts)
+    for table in extra_tables:
+        data = add_extra_rows(data, table, config, runtime)
+    test_dataset = MathSymbolDataset(test_images, None, runtime, config.pin_memory)
+    return config, split_data(data, train_rows, val_rows), test_table, test_dataset
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What the networks of a run share: where they are trained, what they predict, what stops them."""
+
+    runtime: Runtime
+    test_table: Table
+    test_dataset: MathSymbolDataset
+    symbols: dict[str, str]  # LaTeX by label
+    stops: StopSignals
 
 
 def run(config: Config, started: float, stops: StopSignals) -> None:
     """Train, predict, write the submission; or go on with it where an earlier process was stopped."""
-    folder, runtime = output_folder(config), start_runtime(config)
-    ranks, symbols = runtime.ranks, read_symbols(config)
+    _, runtime = output_folder(config), start_runtime(config)
+    symbols = read_symbols(config)
     print(f"device {runtime.describe()}")
     if runtime.gpus > 1:
         print(f"one process drives {runtime.gpus} GPUs; faster: torchrun --nproc-per-node={runtime.gpus} script.py")
     config, data, test_table, test_dataset = prepare_data(config, runtime)
-    about = identify_run(config, data, runtime)
+    task = Task(runtime, test_table, test_dataset, symbols, stops)
+    if config.folds:
+        run_folds(config, data, task, started)
+    else:
+        run_one(config, data, task, started)
+
+
+def run_one(config: Config, data: TrainingData, task: Task, started: float, taken: float = 0.0) -> float:
+    """Train a network and write all that belongs to it into the output folder; gives the seconds since its start.
+
+    `taken` are seconds of max_minutes that are not for this network.
+    """
+    folder, runtime = output_folder(config), task.runtime
+    ranks, about = runtime.ranks, identify_run(config, data, runtime)
     if difference := describe_difference(ranks.ask_first(lambda: about), about):
         raise DataError(f"rank 0 has a run with {difference}: all ranks must read the same files")
-    keeper = RunKeeper(config, folder / "last.pth", about, stops, ranks)
+    if data.extra:
+        print(describe_extra(config, data))
+    keeper = RunKeeper(config, folder / "last.pth", about, task.stops, ranks)
     started -= keeper.elapsed
-    seconds = seconds_to_train(config, data, len(test_table), runtime, started, goes_on=keeper.found is not None)
+    to_predict = len(task.test_table) * (2 if config.folds else 1)  # once more with the other folds' networks
+    seconds = seconds_to_train(config, data, to_predict, runtime, started - taken, goes_on=keeper.found is not None)
     history = fit(config, data, runtime, seconds, keeper)
     # The process before this one may have got further than its last network alone.
     best = ranks.ask_first(lambda: load_checkpoint(folder / config.model_file)).alone
@@ -3432,24 +3636,177 @@ def run(config: Config, started: float, stops: StopSignals) -> None:
         best = dataclasses.replace(best, metrics=metrics)
         if ranks.rank == 0:
             save_checkpoint(folder / config.model_file, best.model, config, data.classes, data.statistics, metrics)
-    probabilities = ensemble_predict([best], [test_dataset], runtime)
+    probabilities = ensemble_predict([best], [task.test_dataset], runtime)
     if ranks.rank:
-        return
-    answer_for_bad_images(test_table, probabilities, data.classes)
-    write_submission(folder / config.submission_file, test_table, probabilities, data.classes)
+        return time.monotonic() - started
+    answer_for_bad_images(task.test_table, probabilities, data.classes)
+    write_submission(folder / config.submission_file, task.test_table, probabilities, data.classes)
     if config.save_probabilities:
-        write_test_probabilities(folder / TEST_PROBABILITIES, test_table, probabilities, data.classes, 1)
+        write_test_probabilities(folder / TEST_PROBABILITIES, task.test_table, probabilities, data.classes, 1)
     if judged:
         write_probabilities(folder / "val_probabilities.npz", judged, data.classes)
-    write_run_record(folder / "run.json", config, runtime, best.metrics, started)
+    write_run_record(folder / "run.json", config, runtime, best.metrics, started, keeper.about["data"])
     if config.pictures:
-        plot_class_distribution(folder / "class_distribution.png", data.classes, data.own_targets, symbols)
-        plot_samples(folder / "samples.png", data, symbols)
+        plot_class_distribution(folder / "class_distribution.png", data.classes, data.own_targets, task.symbols)
+        plot_samples(folder / "samples.png", data, task.symbols)
         plot_curves(folder / "curves.png", history, best.metrics["epoch"])
     if judged:
-        write_judgement(folder, "", judged, data.classes, symbols, config.pictures)
+        write_judgement(folder, "", judged, data.classes, task.symbols, config.pictures)
     keeper.discard()
     print(describe_result(config, best.metrics, history, started))
+    return time.monotonic() - started
+
+
+def run_folds(config: Config, data: TrainingData, task: Task, started: float) -> None:
+    """Train the folds that are not finished, or the one asked for, and write what they all give when none is missing.
+
+    max_minutes is shared: each fold that is left gets an equal part of what the finished ones have not used.
+    """
+    every = {fold: fold_config(config, fold) for fold in range(config.folds)}
+    wanted = every if config.fold is None else {config.fold: every[config.fold]}
+    ranks = task.runtime.ranks
+    if not config.resume:
+        ranks.ask_first(lambda: [forget(own) for own in wanted.values()])
+    found = ranks.ask_first(lambda: {fold: find_finished(own, fold_data(data, fold), task.runtime)
+                                     for fold, own in wanted.items()})
+    finished = {fold: record for fold, record in found.items() if record}
+    for fold, record in finished.items():
+        print(f"fold {fold} is finished: validation accuracy {record['metrics']['val_accuracy']:.2%}")
+    limit = 60 * config.max_minutes
+    used = time.monotonic() - started + sum(record["seconds"] for record in finished.values())
+    for place, fold in enumerate(left := [fold for fold in wanted if fold not in finished]):
+        print(f"fold {fold} of 0 to {config.folds - 1}, in {every[fold].output_dir}", flush=True)
+        own = fold_data(data, fold)
+        if config.teachers:
+            taught = data.taught if config.fold is not None else ask_teachers(every[fold], own, task.runtime)
+            own = dataclasses.replace(own, taught=taught)
+        used += run_one(every[fold], own, task, time.monotonic(), limit - (limit - used) / (len(left) - place))
+    join_folds(config, every, data, task)
+
+
+def fold_config(config: Config, fold: int) -> Config:
+    """The config of one fold's run, in a folder of its own."""
+    return dataclasses.replace(config, fold=fold, output_dir=str(Path(config.output_dir, f"fold{fold}")), resume=True)
+
+
+def fold_data(data: TrainingData, fold: int) -> TrainingData:
+    """The data split for one fold, without teachers."""
+    return dataclasses.replace(split_data(data, *part_rows(data.parts, fold)), taught=None)
+
+
+def forget(config: Config) -> None:
+    """Let a fold be trained anew: it counts neither as finished nor as begun."""
+    for name in ("run.json", *LAST_FILES):  # first what makes it finished
+        Path(config.output_dir, name).unlink(missing_ok=True)
+
+
+def find_finished(config: Config, data: TrainingData, runtime: Runtime) -> dict | None:
+    """What run.json and val_probabilities.npz hold of a fold that is finished; None where it is not.
+
+    Finished is what has its files and no state to go on from. Raises DataError for one of other settings or data, but
+    for those of the machine: folds may be trained on several.
+    """
+    folder = Path(config.output_dir)
+    files = [folder / name for name in ("run.json", "val_probabilities.npz", config.model_file)]
+    if any((folder / name).exists() for name in LAST_FILES[:2]) or not all(path.exists() for path in files):
+        return None
+    own, remedy = identify_run(config, data, runtime), "train it anew with --no-resume, or name another --output-dir"
+    try:
+        record, arrays = json.loads(files[0].read_text()), dict(np.load(files[1]))
+        found = {**own, "settings": {name: record["config"].get(name) for name in own["settings"].keys() - ON_MACHINE},
+                 "classes": arrays["classes"].tolist(), "data": record["data_sha256"]}
+        same_rows = np.array_equal(arrays["rows"], data.val_rows)
+    except Exception as error:  # json, zipfile and numpy each raise their own
+        raise DataError(f"{folder}: what a finished fold left there cannot be read ({type(error).__name__}: "
+                        f"{first_line(error)}); {remedy}") from None
+    difference = describe_difference(found, own) or ("" if same_rows else "probabilities of other rows")
+    if difference:
+        raise DataError(f"{folder}: holds a finished fold with {difference}; give its settings to keep it, {remedy}")
+    return record | arrays
+
+
+def join_folds(config: Config, every: dict[int, Config], data: TrainingData, task: Task) -> None:
+    """Write what all folds give together; where some are missing, say which, and how they are made."""
+    found = task.runtime.ranks.ask_first(lambda: find_all(every, data, task.runtime))
+    missing = [fold for fold in every if not found[fold]]
+    if missing:
+        print(f"not finished yet: fold {', '.join(map(str, missing))} of {config.folds}; the same command with "
+              f"{', '.join(f'--fold {fold}' for fold in missing)} trains {'each' if len(missing) > 1 else 'it'}, and "
+              "the last to finish writes the submission of the mean")
+    else:
+        write_folds(dataclasses.replace(config, fold=None), every, found, data, task)
+
+
+def find_all(every: dict[int, Config], data: TrainingData, runtime: Runtime) -> dict[int, dict | None]:
+    """What the finished folds left, each one's or None; what is wrong with one is warned of."""
+    found = dict.fromkeys(every)
+    for fold, own in every.items():
+        try:
+            found[fold] = find_finished(own, fold_data(data, fold), runtime)
+        except DataError as error:  # of another job, which may be about to train it anew
+            warn(str(error))
+    return found
+
+
+def write_folds(config: Config, every: dict[int, Config], found: dict[int, dict], data: TrainingData,
+                task: Task) -> None:
+    """Write the out-of-fold probabilities with their figures, and the submission of the networks' mean."""
+    folder, runtime = output_folder(config), task.runtime
+    members = runtime.ranks.ask_first(lambda: fold_members(every))
+    probabilities = ensemble_predict(members, [task.test_dataset] * len(members), runtime)
+    if runtime.ranks.rank:
+        return
+    answer_for_bad_images(task.test_table, probabilities, data.classes)
+    write_submission(folder / config.submission_file, task.test_table, probabilities, data.classes)
+    if config.save_probabilities:
+        write_test_probabilities(folder / TEST_PROBABILITIES, task.test_table, probabilities, data.classes,
+                                 len(members))
+    judged = judge_folds(found, data)
+    folds, seconds = data.parts[judged.rows], sum(record["seconds"] for record in found.values())
+    metrics, whole = score_folds(judged, folds), dataclasses.replace(data, train_rows=judged.rows, val_rows=judged.rows)
+    write_probabilities(folder / "oof_probabilities.npz", judged, data.classes, folds=folds)
+    write_run_record(folder / "run.json", config, runtime, metrics, time.monotonic() - seconds,
+                     identify_run(config, whole, runtime)["data"])
+    write_judgement(folder, "", judged, data.classes, task.symbols, config.pictures)
+    print(describe_folds(config, metrics, folder))
+
+
+def fold_members(every: dict[int, Config]) -> list[Trained]:
+    """The networks of all folds. Raises DataError where a folder holds another fold's."""
+    members = []
+    for fold, own in every.items():
+        path = Path(own.output_dir, own.model_file)
+        members.append(load_checkpoint(path))
+        if members[-1].config.fold != fold:
+            raise DataError(f"{path}: is the network of fold {members[-1].config.fold}, not of fold {fold}; put its "
+                            f"own there, or train it anew with --fold {fold} --no-resume")
+    return members
+
+
+def judge_folds(found: dict[int, dict], data: TrainingData) -> Judged:
+    """Every usable row with what the network says of it that was not trained on it, in the table's order."""
+    rows = np.concatenate([record["rows"] for record in found.values()])
+    order = np.argsort(rows)
+    probabilities = np.concatenate([record["probabilities"] for record in found.values()])[order]
+    return Judged(data.dataset, rows[order], data.targets[rows[order]], probabilities)
+
+
+def score_folds(judged: Judged, folds: np.ndarray) -> dict:
+    """The figures of `score` over all rows, each fold's accuracy, and their standard deviation (n - 1)."""
+    hits = judged.predicted == judged.targets
+    accuracies = [float(hits[folds == fold].mean()) for fold in range(folds.max() + 1)]
+    return {**score(judged.probabilities, judged.targets), "val_accuracy_deviation": float(np.std(accuracies, ddof=1)),
+            "fold_accuracies": accuracies}
+
+
+def describe_folds(config: Config, metrics: dict, folder: Path) -> str:
+    """The last lines of a cross-validation: its figures, and what was written."""
+    each = " ".join(f"{100 * accuracy:.2f}" for accuracy in metrics["fold_accuracies"])
+    return (f"cross-validated accuracy {metrics['val_accuracy']:.2%} +- {100 * metrics['val_accuracy_deviation']:.2f} "
+            f"({config.folds} folds: {each}), top 3 {metrics['val_top3_accuracy']:.2%}, per class "
+            f"{metrics['val_class_accuracy']:.2%}, loss {metrics['val_loss']:.4f} (of the rows that chose each fold's "
+            f"epoch)\nwrote {config.submission_file} of the {config.folds} networks' mean, oof_probabilities.npz, "
+            f"class_accuracy.csv, run.json{' and pictures' if config.pictures else ''} in {folder.resolve()}")
 
 
 def predict_command(config: Config, checkpoints: list[str], started: float) -> None:
@@ -3516,11 +3873,11 @@ def choose_members(config: Config, checkpoints: list[str], table: Table | None =
     return members, runtime
 
 
-def write_run_record(path: Path, config: Config, runtime: Runtime, metrics: dict, started: float) -> None:
-    """Write what a run was and gave: settings, versions, device, figures, time and memory."""
+def write_run_record(path: Path, config: Config, runtime: Runtime, metrics: dict, started: float, data: str) -> None:
+    """Write what a run was and gave: settings, versions, device, figures, time, memory and its data's digest."""
     record = {"config": dataclasses.asdict(config), "versions": versions(),
               "device": runtime.describe(), "metrics": metrics, "seconds": round(time.monotonic() - started, 1),
-              "peak_memory_gb": peak_memory_gb()}
+              "peak_memory_gb": peak_memory_gb(), "data_sha256": data}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -170,7 +170,7 @@ def test_weights_are_not_found_for_networks_of_different_splits(trained, call, t
     content["config"]["split_seed"] = 7
     script.write_content(tmp_path / "other.pth", content)
     status, _, error = call("predict", trained[1][0], tmp_path / "other.pth", "--member-weights", "validation")
-    assert status == 1 and "split by different --split-seed" in error
+    assert status == 1 and "split in different ways (--split-seed 42" in error
 
 
 def test_saved_probabilities_stand_for_their_network(trained, call, tmp_path):
@@ -305,8 +305,8 @@ def test_a_view_is_what_training_draws():
     config, data = Config(model="tiny", image_size=12), some_images(6)
     rows = np.array([4, 1, 3])
     drawn = script.draw_view(data, rows, config, 2, CPU)
-    generator = script.torch.Generator().manual_seed(script.seed_of(config, 2, 0))
-    ink = script.augment(data.batch(rows)[0], config, generator)
+    draws = script.Draws(script.seed_of(config, 2, 0), CPU.device)
+    ink = script.augment(data.batch(rows)[0], config, draws)
     assert drawn.images.shape == (3, 1, 12, 12) and (drawn.images / 255 - ink).abs().max() < 0.003
 
 

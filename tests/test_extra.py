@@ -41,7 +41,7 @@ def prepared(competition, tmp_path):
 EXTRA = {"extra_csv": "extra.csv", "extra_root": "More"}
 
 
-def test_extra_rows_are_trained_on_and_never_validate(prepared, competition, capsys):
+def test_extra_rows_are_trained_on_and_never_validate(prepared, competition):
     plain = prepared()[1]
     assert plain.weights is None and plain.extra == 0 and plain.own_targets is not plain.dataset
     write_extra(competition, CLASSES * 3)
@@ -52,7 +52,8 @@ def test_extra_rows_are_trained_on_and_never_validate(prepared, competition, cap
     assert torch.equal(data.dataset.images[:100], plain.dataset.images) and len(data.dataset) == 115
     shown = script.to_ink(np.asarray(Image.open(competition / "More" / "7.png")), None, data.statistics)
     assert np.array_equal(data.dataset.images[107, 0], shown) and data.classes == CLASSES
-    assert "15 extra rows of " in (out := capsys.readouterr().out) and "each counts 1\n" in out and len(table) == 30
+    assert script.describe_extra(config, data) == "15 extra rows of extra.csv to train on, each counts 1"
+    assert len(table) == 30
     assert data.weights is None and config.extra_csv == "extra.csv"
 
 
@@ -67,7 +68,7 @@ def test_the_extra_tables_paths_may_be_absolute_and_start_from_root_dir(prepared
     assert prepared(extra_csv=str(tmp_path / "moved.csv"), extra_root=str(tmp_path))[1].extra == 5
 
 
-def test_images_of_validation_rows_do_not_leak(prepared, competition, capsys):
+def test_images_of_validation_rows_do_not_leak(prepared, competition):
     val_rows = prepared()[1].val_rows
     table = pd.read_csv(competition / "train.csv", dtype=str)
     write_extra(competition, CLASSES)
@@ -75,9 +76,24 @@ def test_images_of_validation_rows_do_not_leak(prepared, competition, capsys):
     for place, row in ((1, val_rows[0]), (3, val_rows[4]), (4, 0 if 0 not in val_rows else 1)):
         with Image.open(competition / "Dataset_Image" / table.image_path[row]) as image:
             image.save(competition / "More" / f"{place}.png")
-    data = prepared(**EXTRA)[1]
+    config, data, *_ = prepared(**EXTRA)
     assert len(extra) == 5 and data.train_rows[-3:].tolist() == [100, 102, 104] and data.extra == 5
-    assert "3 extra rows of " in (out := capsys.readouterr().out) and "; 2 left out: images of validation rows" in out
+    assert "; 2 left out: images of validation rows" in script.describe_extra(config, data)
+
+
+def test_extra_rows_are_trained_on_in_every_fold(prepared, competition):
+    """But for an image of a row that validates in that fold."""
+    table = pd.read_csv(competition / "train.csv", dtype=str)
+    write_extra(competition, CLASSES)
+    with Image.open(competition / "Dataset_Image" / table.image_path[8]) as image:
+        image.save(competition / "More" / "3.png")
+    data = prepared(**EXTRA, folds=4)[1]
+    for fold in range(4):
+        own = script.fold_data(data, fold)
+        expected = [100, 101, 102, 104] if 8 in own.val_rows else [100, 101, 102, 103, 104]
+        assert own.train_rows[own.train_rows >= 100].tolist() == expected
+        assert sorted([*own.train_rows[own.train_rows < 100], *own.val_rows]) == list(range(100))
+    assert sum(8 in script.fold_data(data, fold).val_rows for fold in range(4)) == 1
 
 
 def test_weights_stand_by_the_rows(prepared, competition):
@@ -200,8 +216,7 @@ def test_bad_extra_images_are_skipped_where_that_is_asked_for(prepared, competit
     spoil(competition / "More", "2.png")
     data = prepared(**EXTRA, on_bad_image="skip")[1]
     assert data.train_rows[-4:].tolist() == [100, 101, 103, 104] and data.extra == 5
-    captured = capsys.readouterr()
-    assert "4 extra rows of " in captured.out and "extra.csv, row 4" in captured.err
+    assert "extra.csv, row 4" in capsys.readouterr().err
 
 
 def test_images_on_another_paper_are_warned_of(prepared, competition, capsys):

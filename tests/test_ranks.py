@@ -186,6 +186,18 @@ def test_prediction_and_evaluation_by_ranks(team, alone):
     assert written[0] == written[1] == (alone[2] / "submission.csv").read_bytes()
 
 
+@pytest.mark.slow
+def test_folds_by_ranks(team):
+    flags = [*MLP, "--folds", "3", "--num-epochs", "2"]
+    for name, count in (("folds0", 0), ("folds2", 2)):
+        assert team.run(name, count, *flags) == [0] * max(count, 1), team.log(name)
+        assert "cross-validated accuracy " in team.log(name)
+    one, two = (np.load(team.folder / name / "oof_probabilities.npz") for name in ("folds0", "folds2"))
+    assert np.array_equal(one["rows"], two["rows"]) and np.allclose(one["probabilities"], two["probabilities"], atol=1e-3)
+    submissions = [(team.folder / name / "submission.csv").read_bytes() for name in ("folds0", "folds2")]
+    assert submissions[0] == submissions[1]
+
+
 @pytest.mark.parametrize("total, count", [(14, 3), (2, 3), (7, 7), (100, 8)])
 def test_parts_are_all_of_a_step(total, count):
     parts = [script.Ranks(rank, count, joined=True).part(total, lead=1) for rank in range(count)]

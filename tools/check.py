@@ -37,7 +37,7 @@ def same_images(tables: list[tuple[str, script.Table, np.ndarray]]) -> pd.DataFr
     for part, table, images in tables:
         usable = np.setdiff1d(np.arange(len(table)), table.bad)
         parts.append(pd.DataFrame({
-            "pixels": [images[place].tobytes() for place in usable], "table": part, "row": table.rows.index[usable],
+            "pixels": script.fingerprints(images[usable]), "table": part, "row": table.rows.index[usable],
             "image": table.rows.image_path.iloc[usable] if "image_path" in table.rows else "",
             "label": table.rows.label.iloc[usable] if "label" in table.rows else ""}))
     found = pd.concat(parts, ignore_index=True)

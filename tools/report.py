@@ -133,6 +133,9 @@ def read_record(folder: Path) -> tuple[dict, script.Config]:
     except (OSError, ValueError, KeyError) as error:
         raise script.DataError(f"{folder / 'run.json'}: no record of a run ({script.first_line(error)}); name the "
                                "output folder of a finished run") from None
+    if config.folds and config.fold is None:
+        raise script.DataError(f"{folder}: what {config.folds} folds gave together; name the folder of one, such as "
+                               f"{folder / 'fold0'}")
     if "val_accuracy" not in record["metrics"]:
         raise script.DataError(f"{folder}: the run had no validation rows: there is nothing to report")
     return record, config

@@ -36,8 +36,8 @@ import script
 
 DEFAULT_GRID = {"learning_rate": [0.001, 0.01, 0.1, 0.5, 1.0], "batch_size": [32, 64, 128, 256, 512]}
 # What the data was read or split by holds for all cells, since it is read once.
-FIXED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "train_val_split", "split_seed", "device",
-         "precision", "extra_csv", "extra_root", "extra_weight"}
+FIXED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "train_val_split", "split_seed", "folds",
+         "fold", "group_column", "device", "precision", "extra_csv", "extra_root", "extra_weight"}
 # What `run` does around the training has no part in a sweep.
 IDLE = {"output_dir", "model_file", "submission_file", "pictures", "tensorboard", "max_minutes", "neighbours",
         "neighbour_share", "save_probabilities", *script.PREDICT_ONLY}
@@ -199,6 +199,8 @@ def run(folder: Path, flags: list[str], started: float) -> None:
     config = script.parse_command_line(fixed)[2]
     if config.train_val_split == 1:
         raise script.UsageError("a sweep ranks by validation rows: set --train-val-split below 1")
+    if config.folds and config.fold is None:
+        raise script.UsageError("a sweep validates on the rows of one fold: name it with --fold")
     rows = sweep(config, grid, folder)
     plot_histories(folder / "curves.png", pd.read_csv(folder / "history.csv"), grid)
     plot_heat_map(folder / "heat_map.png", rows, grid)
