@@ -193,7 +193,8 @@ def test_folds_by_ranks(team):
         assert team.run(name, count, *flags) == [0] * max(count, 1), team.log(name)
         assert "cross-validated accuracy " in team.log(name)
     one, two = (np.load(team.folder / name / "oof_probabilities.npz") for name in ("folds0", "folds2"))
-    assert np.array_equal(one["rows"], two["rows"]) and np.allclose(one["probabilities"], two["probabilities"], atol=1e-3)
+    assert np.array_equal(one["rows"], two["rows"])
+    assert np.allclose(one["probabilities"], two["probabilities"], atol=1e-3)
     submissions = [(team.folder / name / "submission.csv").read_bytes() for name in ("folds0", "folds2")]
     assert submissions[0] == submissions[1]
 
