@@ -43,6 +43,21 @@ def test_another_runtime_answers_alike(tmp_path, capsys, flags, vote):
     assert len(session.run(None, {"ink": ink[:1]})[0]) == 1
 
 
+@pytest.mark.slow
+def test_integers_answer_nearly_alike(tmp_path, capsys):
+    command = Command(make_competition(tmp_path / "competition", 600), tmp_path / "out", tmp_path / "cache")
+    flags = ["--model", "cnn", "--num-epochs", "6", "--image-size", "32", "--train-val-split", "0.5"]
+    assert script.main(command.arguments(*QUICK, *flags)) == 0
+    assert export.main([str(command.output / "best_model.pth"), "--output-dir", str(tmp_path / "onnx"), "--int8",
+                        "--data-dir", str(command.data), "--cache-dir", str(command.cache)]) == 0
+    _, exact, small = capsys.readouterr().out.strip().split("\n")[-3:]
+    assert exact.startswith("model.onnx: 11") and small.startswith("model.int8.onnx: 2.") and "on 150 valid" in small
+    accuracies = [float(line.split("accuracy ")[1].split("%")[0]) for line in (exact, small)]
+    assert accuracies[0] > 90 and abs(accuracies[0] - accuracies[1]) < 5
+    assert export.main([str(command.output / "best_model.pth"), "--int8", "--vote"]) == 2
+    assert "--int8 is for the network alone" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
     config = script.Config(model="tiny", image_size=16, dropout=0.0)
     script.save_checkpoint(tmp_path / "model.pth", script.build_model(config, 3), config, list("abc"),

@@ -1,6 +1,7 @@
 """Write a trained network as ONNX, with what a program without PyTorch needs to use it.
 
     python -m tools.export best_model.pth [--output-dir .] [--vote]
+    python -m tools.export best_model.pth --int8 --data-dir COMPETITION
 
 Writes model.onnx, which maps ink [N, 1, S, S] (float32, 0 is paper and 1 is full ink) to probabilities [N, classes],
 and model.json: the classes in the order of the outputs, S, and how an image becomes ink. With `--vote` the training
@@ -9,6 +10,10 @@ network alone, which is smaller and faster. The file's answers are compared with
 onnxruntime is installed, and the export fails if they differ by more than 0.0001; with the vote, on more than one
 drawing in ten, since of two neighbours that are equally near either may be asked. Needs the packages onnx and
 onnxscript.
+
+`--int8` writes model.int8.onnx too, whose weights and activations are 8-bit integers: a quarter of the size. Their
+ranges are taken from images of the checkpoint's validation rows, and both files are scored on the other ones. Needs
+onnxruntime.
 """
 
 import argparse
@@ -18,6 +23,7 @@ import importlib.util
 import io
 import json
 import sys
+import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -29,6 +35,7 @@ from torch import Tensor, nn
 import script
 
 TOLERANCE = 1e-4
+CALIBRATION = 1024  # images that the ranges of 8-bit activations are taken from, at the most
 TIES = 0.1  # share of the drawings on which a vote may be decided otherwise
 
 
@@ -53,11 +60,16 @@ def drawings(count: int, size: int) -> Tensor:
     return torch.einsum("bpi,bpj->bij", *near).clamp(max=1)[:, None]
 
 
-def to_onnx(model: nn.Module, size: int) -> bytes:
-    """A model for any number of images of this size as ONNX. Raises UsageError where a package is missing."""
-    missing = [name for name in ("onnx", "onnxscript") if not importlib.util.find_spec(name)]
+def need(*packages: str) -> None:
+    """Raise UsageError where a package is missing."""
+    missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
         raise script.UsageError(f"exporting needs packages that are not installed: pip install {' '.join(missing)}")
+
+
+def to_onnx(model: nn.Module, size: int) -> bytes:
+    """A model for any number of images of this size as ONNX. Raises UsageError where a package is missing."""
+    need("onnx", "onnxscript")
     with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(model, (drawings(2, size),), input_names=["ink"], output_names=["probabilities"],
                                     dynamic_shapes=({0: torch.export.Dim("images", min=1)},), dynamo=True,
@@ -72,12 +84,7 @@ def compare(model: nn.Module, content: bytes, size: int) -> str:
     """
     if not importlib.util.find_spec("onnxruntime"):
         return "not compared with PyTorch: onnxruntime is not installed"
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    ink = drawings(20, size)
+    ink, session = drawings(20, size), open_session(content)
     with torch.inference_mode():
         expected = model(ink).numpy()
     differences = np.abs(session.run(None, {"ink": ink.numpy()})[0] - expected).max(axis=1)
@@ -85,18 +92,81 @@ def compare(model: nn.Module, content: bytes, size: int) -> str:
     if not (differences <= TOLERANCE).mean() >= 1 - TIES * votes:
         raise script.DataError(f"the answers of the exported network differ from PyTorch's by "
                                f"{differences.max():.1e}: nothing was written")
+    return (f"its answers differ from PyTorch's by {np.quantile(differences, 1 - TIES * votes):.1e} at the most"
+            f"{' on nine drawings in ten' if votes else ''}; a single image takes "
+            f"{latency(session, ink[:1].numpy()):.2f} ms on one core")
+
+
+def open_session(content: bytes):
+    """onnxruntime's session of a file, on one core."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def latency(session, ink: np.ndarray) -> float:
+    """Milliseconds that a single image [1, 1, S, S] takes: the median of fifty."""
     seconds = []
     for _ in range(50):
         started = time.perf_counter()
-        session.run(None, {"ink": ink[:1].numpy()})
+        session.run(None, {"ink": ink})
         seconds.append(time.perf_counter() - started)
-    return (f"its answers differ from PyTorch's by {np.quantile(differences, 1 - TIES * votes):.1e} at the most"
-            f"{' on nine drawings in ten' if votes else ''}; a single image takes {1000 * np.median(seconds):.2f} ms "
-            "on one core")
+    return 1000 * float(np.median(seconds))
+
+
+def quantize(content: bytes, ink: np.ndarray) -> bytes:
+    """The same network in 8-bit integers, the ranges of its activations taken from ink [N, 1, S, S]."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(np.array_split(ink, -(-len(ink) // 64)))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"ink": batch}
+
+    with tempfile.TemporaryDirectory() as name:  # onnxruntime's tools go from file to file
+        plain, folded, whole = (str(Path(name, f"{part}.onnx")) for part in ("plain", "folded", "whole"))
+        Path(plain).write_bytes(content)
+        quant_pre_process(plain, folded, skip_symbolic_shape=True)
+        quantization.quantize_static(folded, whole, Reader(), quant_format=quantization.QuantFormat.QDQ,
+                                     per_channel=True, weight_type=quantization.QuantType.QInt8,
+                                     activation_type=quantization.QuantType.QUInt8)
+        return Path(whole).read_bytes()
+
+
+def write_int8(trained: script.Trained, content: bytes, given: argparse.Namespace) -> str:
+    """Write model.int8.onnx; gives what it and the exact one are worth on validation rows."""
+    need("onnxruntime")
+    config = script.Config(data_dir=str(given.data_dir), cache_dir=given.cache_dir, device="cpu")
+    [dataset], targets = script.validation_datasets([trained], config, script.start_runtime(config))
+    order = np.random.default_rng(0).permutation(len(targets))
+    seen, scored = np.split(order, [min(CALIBRATION, len(order) // 2)])
+    if not len(seen):
+        raise script.DataError(f"{given.data_dir}: one validation row is too few for --int8")
+
+    def ink(rows: np.ndarray) -> np.ndarray:
+        return dataset.images[rows].numpy().astype(np.float32) / 255
+
+    small, lines = quantize(content, ink(seen)), []
+    for name, file in (("model.onnx", content), ("model.int8.onnx", small)):
+        session, parts = open_session(file), np.array_split(scored, -(-len(scored) // 128))
+        hits = sum((session.run(None, {"ink": ink(rows)})[0].argmax(axis=1) == targets[rows]).sum() for rows in parts)
+        lines.append(f"{name}: {len(file) / 1e6:.1f} MB, accuracy {hits / len(scored):.2%} on {len(scored):,} "
+                     f"validation rows, {latency(session, ink(scored[:1])):.2f} ms an image on one core")
+    with script.whole_file(given.output_dir / "model.int8.onnx") as temporary:
+        temporary.write_bytes(small)
+    return "\n".join(lines)
 
 
 def export(given: argparse.Namespace) -> None:
-    """Write both files."""
+    """Write the files."""
+    if given.int8 and given.vote:
+        raise script.UsageError("--int8 is for the network alone; leave --vote out")
     trained = script.load_checkpoint(given.checkpoint)
     given.output_dir.mkdir(parents=True, exist_ok=True)
     size, model = trained.statistics.size, Exported(trained, given.vote).eval()
@@ -113,6 +183,8 @@ def export(given: argparse.Namespace) -> None:
     with script.whole_file(given.output_dir / "model.json") as temporary:
         temporary.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote model.onnx ({len(content) / 1e6:.1f} MB) and model.json in {given.output_dir.resolve()}; {compared}")
+    if given.int8:
+        print(write_int8(trained.alone, content, given))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,6 +193,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--output-dir", type=Path, default=Path("."), help="folder of model.onnx and model.json")
     parser.add_argument("--vote", action="store_true", help="with the training images that vote beside the network")
+    parser.add_argument("--int8", action="store_true", help="also in 8-bit integers; needs the data it was trained on")
+    parser.add_argument("--data-dir", type=Path, default=Path("."), help="int8: the competition's folder")
+    parser.add_argument("--cache-dir", default="", help="int8: folder of decoded images")
     given = parser.parse_args(argv)
     return script.exit_status(lambda _: export(given), "nothing was written")
 
