@@ -47,6 +47,14 @@ def make_competition(folder: Path, train_rows: int = 100, test_rows: int = 30, c
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Networks as small as these are no faster on several, and much slower where other programs run beside them."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def competition(tmp_path: Path) -> Path:
     return make_competition(tmp_path / "competition")

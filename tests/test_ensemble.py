@@ -310,6 +310,7 @@ def test_a_view_is_what_training_draws():
     assert drawn.images.shape == (3, 1, 12, 12) and (drawn.images / 255 - ink).abs().max() < 0.003
 
 
+@pytest.mark.slow
 def test_views_through_the_command_and_with_a_memory(trained, call):
     files = trained[1]
     assert isinstance(script.load_checkpoint(files[0]).model, script.NeighbourVote)

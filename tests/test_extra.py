@@ -170,6 +170,7 @@ def test_a_label_that_the_training_table_lacks_is_refused_or_allowed(prepared, c
     assert "100 labelled images of 5 classes, 20 to 20 a class (imbalance 1.0 to 1)\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_networks_of_extra_classes_are_judged_on_their_own_split(command, main_in_process):
     write_extra(command.data, [*CLASSES, "88", "88"])
     status, _, error = main_in_process(*TINY, "--extra-csv", "extra.csv", "--extra-root", "More",
@@ -257,6 +258,7 @@ def test_another_extra_table_is_another_run(prepared, competition):
     assert script.describe_difference(abouts[1], abouts[3]).startswith("--extra-weight 1.0 (not 0.5)")
 
 
+@pytest.mark.slow
 def test_an_unfinished_run_goes_on_only_with_its_own_extra_rows(command, main_in_process, monkeypatch):
     write_extra(command.data, CLASSES * 4)
     extra = ["--extra-csv", "extra.csv", "--extra-root", "More", "--extra-weight", "0.5", "--mixup"]
@@ -290,6 +292,7 @@ def test_neighbours_remember_extra_rows(command, main_in_process):
     assert (memory["targets"] == 0).sum() == 18 + 7 and memory["targets"][-7:].tolist() == [0] * 7
 
 
+@pytest.mark.slow
 def test_teachers_teach_extra_rows_too(tmp_path, capsys):
     data = make_competition(tmp_path / "competition")
     write_extra(data, CLASSES * 2)

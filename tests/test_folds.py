@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 import victim
 from conftest import Command, make_competition, make_pixel_competition
 
@@ -111,16 +110,7 @@ class Folded:
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """The tiny network is no faster on several, and the same bits need as many in every process."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def folded(one_thread, tmp_path_factory) -> Folded:
+def folded(tmp_path_factory) -> Folded:
     own = Folded(tmp_path_factory.mktemp("folds"))
     assert own(own.output, *FOLDS, "--group-column", "writer") == 0
     return own
@@ -206,6 +196,7 @@ def test_a_stopped_run_goes_on_and_ends_with_the_same_bits(folded, tmp_path, cap
     assert len(done) == 9 and outcome(tmp_path) == outcome(folded.output)
 
 
+@pytest.mark.slow
 def test_a_finished_fold_of_other_settings_is_refused_or_trained_anew(folded, copied, capsys):
     before = outcome_of_fold(copied / "fold1")
     assert folded(copied, *GROUPED, "--learning-rate", "0.02") == 1
@@ -267,6 +258,7 @@ def test_a_folds_checkpoint_knows_its_validation_rows(folded):
         script.validation_datasets(members[:2], config, runtime)
 
 
+@pytest.mark.slow
 def test_teachers_are_those_of_the_same_fold(folded, tmp_path, capsys):
     one = str(folded.output / "fold1" / "best_model.pth")
     assert folded(tmp_path, *GROUPED, "--teachers", one) == 1
@@ -307,7 +299,7 @@ def test_max_minutes_are_shared_by_the_folds_that_are_left(monkeypatch, tmp_path
     assert given == pytest.approx([200, 300], abs=1)  # of 400; 100 of them were used
 
 
-def test_pixel_tables_have_folds_and_groups(one_thread, tmp_path, capsys):
+def test_pixel_tables_have_folds_and_groups(tmp_path, capsys):
     command = Command(make_pixel_competition(tmp_path / "digits"), tmp_path / "out", tmp_path / "cache")
     table = pd.read_csv(command.data / "train.csv")
     writers = pd.Series(np.arange(60) // 3, name="writer")
@@ -320,7 +312,7 @@ def test_pixel_tables_have_folds_and_groups(one_thread, tmp_path, capsys):
     assert "train.csv: no column 'author' in its header (label, " in error and error.count("\n") == 1
 
 
-def test_a_class_smaller_than_the_folds_is_told(one_thread, main_in_process, competition):
+def test_a_class_smaller_than_the_folds_is_told(main_in_process, competition):
     table = pd.read_csv(competition / "train.csv", dtype=str)
     table.loc[[3, 8], "label"] = "9"
     table.to_csv(competition / "train.csv", index=False)

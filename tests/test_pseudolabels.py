@@ -85,6 +85,7 @@ def test_pixel_rows_keep_their_pixels(tmp_path, capsys):
     assert again.rows.label.tolist() == ["2", "0"] and np.array_equal(again.pixels, table.pixels[[3, 5]])
 
 
+@pytest.mark.slow
 def test_from_probabilities_to_a_training_with_them(tmp_path, capsys):
     command = Command(make_competition(tmp_path / "competition"), tmp_path / "out", tmp_path / "cache")
     words = [*QUICK, "--model", "tiny", "--save-probabilities"]
