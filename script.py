@@ -2170,7 +2170,7 @@ class RunKeeper:
         print(f"goes on from {self.files[0].name}: epoch {progress.epoch} of {self.config.num_epochs}, "
               f"step {progress.steps} of {steps_in_epoch(data.train_rows, self.config)}, after "
               f"{progress.trained / 60:.1f} minutes of training")
-        other = [name for name, version in self.made_with().items() if self.found["made_with"].get(name) != version]
+        other = [name for name, version in self.versions().items() if self.found["versions"].get(name) != version]
         if other:
             warn(f"the run began with another {', '.join(other)}: it may not end with the same bits as if it had never "
                  "been stopped")
@@ -2203,12 +2203,12 @@ class RunKeeper:
         """Write the state that is kept to last.pth; the one before it stays beside it."""
         last, before, following = self.files
         elapsed = self.elapsed + time.monotonic() - self.started
-        write_content(following, {**self.state, "about": self.about, "elapsed": elapsed, "made_with": self.made_with()})
+        write_content(following, {**self.state, "about": self.about, "elapsed": elapsed, "versions": self.versions()})
         if last.exists():
             os.replace(last, before)
         os.replace(following, last)
 
-    def made_with(self) -> dict:
+    def versions(self) -> dict:
         """What the bits of a training depend on beside the run's own."""
         return {**versions(), "number of ranks": self.ranks.count}
 
