@@ -4,6 +4,7 @@
     python script.py                                         train, validate, predict, write the submission
     python script.py --data-dir competition --output-dir out --max-minutes 20
     python script.py --folds 5                               cross-validation; one submission of the five networks' mean
+    torchrun --nproc-per-node=4 script.py                    the same commands on several GPUs, or machines
     python script.py predict out/best_model.pth              a submission from a trained model, or the mean of several
     python script.py evaluate out/best_model.pth --test-csv labelled.csv
 
