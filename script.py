@@ -3549,6 +3549,13 @@ def labelled_tables(config: Config) -> list[Table]:
     return [table, read_extra_table(config, table.rows.label)] if config.extra_csv else [table]
 
 
+def check_validation(config: Config, val_rows: np.ndarray) -> None:
+    """Raise UsageError where settings need validation rows and there are none."""
+    if (config.schedule == "plateau" or config.early_stopping) and not len(val_rows):
+        raise UsageError("--schedule plateau and --early-stopping need validation rows, and no class has "
+                         f"{SMALLEST_CLASS_TO_SPLIT} rows with usable images; leave them out")
+
+
 def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, MathSymbolDataset]:
     """The complete config, the training data, the test table and its images."""
     (train_table, *extra_tables), test_table = labelled_tables(config), read_test_table(config)
@@ -3557,9 +3564,8 @@ def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingD
     check_sample_submission(config, test_table, classes)
     print(describe_classes(classes, targets, parts_of(config)) + describe_repeats(train_table))
     parts, (train_rows, val_rows) = None, split_rows(targets, config)
-    if (config.schedule == "plateau" or config.early_stopping) and not len(val_rows) and not parts_of(config):
-        raise UsageError("--schedule plateau and --early-stopping need validation rows, and no class has "
-                         f"{SMALLEST_CLASS_TO_SPLIT} rows; leave them out")
+    if not parts_of(config):
+        check_validation(config, val_rows)
     # All folds get as many epochs, though their rows, which the images decide, may be one more or less.
     count = len(targets) - len(targets) // parts_of(config) if parts_of(config) else len(train_rows)
     asked, config = config.model, complete_config(config, runtime, count + sum(map(len, extra_tables)))
@@ -3571,6 +3577,7 @@ def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingD
         parts = divide_rows(config, train_table, targets, train_images)
         train_rows, val_rows = part_rows(parts, config.fold or 0)
     train_rows, val_rows = (np.setdiff1d(rows, train_table.bad) for rows in (train_rows, val_rows))
+    check_validation(config, val_rows)  # once more, without those of no usable image
     if len(train_rows) < 2:
         raise DataError(f"{train_table.path}: fewer than two rows have an image that can be used")
     print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on"

@@ -385,6 +385,16 @@ def test_bad_images_are_skipped_where_that_is_asked_for(main_in_process, command
     assert status == 0 and len(command.submission()) == 30
 
 
+def test_early_stopping_needs_validation_rows_with_images(main_in_process, command):
+    labels = pd.read_csv(command.data / "train.csv", dtype=str).label
+    for row in script.split_rows(labels.astype("category").cat.codes.to_numpy(np.int64), script.Config())[1]:
+        image(command.data, row).write_bytes(b"")
+    flags = [*QUICK, "--model", "tiny", "--on-bad-image", "skip"]
+    status, _, error = main_in_process(*flags, "--early-stopping", "2")
+    assert status == 2 and "--early-stopping need validation rows" in error and "Traceback" not in error
+    assert main_in_process(*flags)[0] == 0
+
+
 def test_a_table_without_one_usable_image_is_refused(main_in_process, command):
     for row in range(30):
         image(command.data, row, "test.csv").write_bytes(b"")
