@@ -57,7 +57,7 @@ def test_new_pixels_are_paper():
 
 
 def test_no_change_is_the_identity():
-    images = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8, generator=seeded())
+    images = torch.randint(0, 256, (8, 1, 32, 32), dtype=torch.uint8, generator=seeded().generator)
     assert torch.allclose(augment(images, STILL, seeded()), to_input(images, STILL), atol=1e-5)
     large = dataclasses.replace(STILL, image_size=48)
     larger = augment(pages(), large, seeded())
