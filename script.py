@@ -2900,22 +2900,24 @@ def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> Neighbou
 
 
 def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], runtime: Runtime,
-                     rows: np.ndarray | None = None) -> np.ndarray:
+                     rows: np.ndarray | None = None, weights: np.ndarray | None = None) -> np.ndarray:
     """The members' mean probabilities, float32 [rows, classes], classes in the first member's order.
 
-    Each member has its own dataset of the same table; without `rows` all of it is meant. Raises DataError where their
-    classes differ.
+    Each member has its own dataset of the same table; without `rows` all of it is meant. `weights` [members] are what
+    each counts, as `fit_weights` finds them on rows that none was trained on. Raises DataError where their classes
+    differ.
     """
     classes, total = members[0].classes, 0
-    for member, dataset in zip(members, datasets):
+    weights = np.ones(len(members)) if weights is None else weights
+    for member, dataset, weight in zip(members, datasets, weights.tolist()):
         differing = set(classes) ^ set(member.classes)
         if differing:
             raise DataError(f"the checkpoints know different classes ({', '.join(sorted(differing)[:5])}); "
                             "average networks that were trained on the same ones")
         wanted = np.arange(len(dataset)) if rows is None else rows
         probabilities = predict(runtime.place(member.model), dataset, wanted, member.config, runtime)
-        total = total + probabilities[:, [member.classes.index(label) for label in classes]]
-    return total / len(members)
+        total = total + weight * probabilities[:, [member.classes.index(label) for label in classes]]
+    return total / weights.sum().item()
 
 
 @dataclass(frozen=True)
