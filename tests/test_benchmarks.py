@@ -64,6 +64,7 @@ def benchmark(name: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_ensemble_prints_each_network_and_the_mean(trained):
     data, cache, checkpoints = trained
     printed = benchmark("ensemble", *checkpoints, "--data-dir", str(data), "--cache-dir", str(cache))

@@ -104,6 +104,7 @@ def test_evaluate_refuses_a_label_that_the_network_does_not_know(finished, tmp_p
     assert done.returncode == 1 and "labelled.csv, row 5: label '88' is none of the 5 classes" in done.stderr
 
 
+@pytest.mark.slow
 def test_pixel_tables_and_names_of_ones_own(tmp_path):
     command = Command(make_pixel_competition(tmp_path / "digits"), tmp_path / "out", tmp_path / "cache")
     done = command(*QUICK, "--num-epochs", "15", "--model-file", "Digits.pt", "--submission-file", "solution.csv")

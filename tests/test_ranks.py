@@ -93,7 +93,7 @@ def assert_alike(own: tuple, expected: tuple) -> None:
     assert states[0].keys() == states[1].keys()
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_the_losses_of_one(team, alone, count):
     """Augmentation, mixup, dropout, accumulation, 99 rows in steps of 14 or 15: all are the same draws."""
     assert_alike(team.train(f"mlp{count}", count, *MLP), alone)
