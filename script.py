@@ -1015,13 +1015,11 @@ def extra_settings(config: Config) -> Config:
     return dataclasses.replace(config, train_csv=config.extra_csv, root_dir=config.extra_root or config.root_dir)
 
 
-def read_extra_table(config: Config, labels: pd.Series) -> Table | None:
-    """extra_csv's rows, which are trained on beside those of the training table; None where none is named.
+def read_extra_table(config: Config, labels: pd.Series) -> Table:
+    """extra_csv's rows, which are trained on beside those of the training table.
 
     Raises DataError for a label that is not among the training table's `labels`, unless extra_classes allows it.
     """
-    if not config.extra_csv:
-        return None
     own = extra_settings(config)
     table = open_table(own, own.train_csv, "label", "train")
     strange = table.rows.index[~table.rows.label.isin(labels)]

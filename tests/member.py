@@ -1,16 +1,11 @@
 """One rank of several, as torchrun starts them: imported by test_ranks.py and run in forked processes."""
 
 import os
-import signal
-import sys
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch._dynamo
+import victim  # which imports script and what is slow to import
 from torch import nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import script
 
@@ -63,10 +58,7 @@ def live(rank: int, count: int, port: int, arguments: list[str], log: str, froze
 
     `stop` is a rank, a step and a signal that it gets there.
     """
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    victim.write_to(log)
     torch.set_num_threads(1)  # as torchrun would have it
     if count:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
@@ -77,12 +69,4 @@ def live(rank: int, count: int, port: int, arguments: list[str], log: str, froze
         record_losses(losses)
     if stop and stop[0] == rank:
         signal_at(*stop[1:])
-    if keep:
-        script.RunKeeper.discard = lambda self: None
-    try:
-        status = script.main(arguments)
-    except SystemExit as stopped:
-        status = stopped.code
-    if sys.stdout:
-        sys.stdout.flush()
-    os._exit(status)
+    victim.finish(arguments, keep)

@@ -36,23 +36,34 @@ def kill_at(call: int, half: bool, files: tuple[str, ...]) -> None:
     script.read_content = trap(script.read_content)
 
 
-def live(arguments: list[str], log: str, call: int = 0, half: bool = False, keep: bool = False, most_bytes: int = 0,
-         files: tuple[str, ...] = ("last", "best_model")) -> None:
-    """What the process does: the command line, with stdout and stderr in a file; at the end it may keep last.pth."""
+def write_to(log: str) -> None:
+    """Let stdout and stderr go to a file, and Ctrl-C be what it is in a program that was started by hand."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if call:
-        kill_at(call, half, files)
-    if most_bytes:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-    script.LEAST_SECONDS = 0  # to be saved after every epoch, however short
+
+
+def finish(arguments: list[str], keep: bool) -> None:
+    """Run the command line and end this process with its status; where asked for, last.pth stays."""
     if keep:
         script.RunKeeper.discard = lambda self: None
     try:
         status = script.main(arguments)
     except SystemExit as stop:
         status = stop.code
-    sys.stdout.flush()
+    if sys.stdout:  # a rank but the first has none
+        sys.stdout.flush()
     os._exit(status)
+
+
+def live(arguments: list[str], log: str, call: int = 0, half: bool = False, keep: bool = False, most_bytes: int = 0,
+         files: tuple[str, ...] = ("last", "best_model")) -> None:
+    """What the process does: the command line, with stdout and stderr in a file; at the end it may keep last.pth."""
+    write_to(log)
+    if call:
+        kill_at(call, half, files)
+    if most_bytes:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    script.LEAST_SECONDS = 0  # to be saved after every epoch, however short
+    finish(arguments, keep)
