@@ -2262,6 +2262,17 @@ def describe_difference(found: dict, own: dict) -> str:
 
 # ==== 8. Training =====================================================================================================
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The images of a step, or a rank's part of them, and what is to be learnt of them."""
+
+    images: Tensor                 # uint8 [B, 1, S, S]
+    classes: Tensor                # class numbers [B]
+    taught: Tensor | None = None   # what the teachers say: probabilities [B, classes]
+    weights: Tensor | None = None  # what each image counts in the loss [B]; None: 1
+    part: Part | None = None       # which images of the step these are; None: all
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """What `fit` learns from: a dataset with its labels and the positions of its training and validation rows."""
@@ -2282,6 +2293,13 @@ class TrainingData:
     def own_targets(self) -> np.ndarray:
         """The class numbers of the training table's rows."""
         return self.targets[: len(self.targets) - self.extra]
+
+    def batch(self, rows: np.ndarray, part: Part | None = None) -> Batch:
+        """The step on these rows, or a rank's part of it."""
+        own = rows[part.places] if part else rows
+        taught, weights = (None if known is None else known[torch.from_numpy(own).to(known.device)]
+                           for known in (self.taught, self.weights))
+        return Batch(*self.dataset.batch(own), taught, weights, part)
 
 
 def start_model(config: Config, data: TrainingData, runtime: Runtime) -> nn.Module:
@@ -2541,20 +2559,17 @@ class Learner:
             layer.requires_grad_(not frozen)
             layer.train(not frozen)
 
-    def learn(self, images: Tensor, classes: Tensor, epoch: int, progress: float, share: float = 1.0,
-              update: bool = True, taught: Tensor | None = None, weights: Tensor | None = None,
-              part: Part | None = None) -> Tensor:
-        """One step on a batch of uint8 images; gives its summed loss and its number of hits [2], left on the device.
+    def learn(self, batch: Batch, epoch: int, progress: float, share: float = 1.0, update: bool = True) -> Tensor:
+        """One step on a batch; gives its summed loss and its number of hits [2], left on the device.
 
         A guess at a blend counts as much as the blend holds of the class that was guessed, and where teachers say
-        what to learn, as much as they hold of it. `weights` [B] are what each image counts in the loss, blended as
-        the images are. The gradient's `share` is added to those of the batches before it, and an `update` uses them
-        up. The images are a rank's `part` of the batch, or all of it.
+        what to learn, as much as they hold of it. The gradient's `share` is added to those of the batches before it,
+        and an `update` uses them up.
         """
-        part, together = part or Part(len(images), 0, len(images)), contextlib.nullcontext()
+        part, together = batch.part or Part(len(batch.images), 0, len(batch.images)), contextlib.nullcontext()
         if not update and self.runtime.ranks.joined:
             together = self.network.no_sync()  # the ranks' gradients are averaged with the last batch's
-        inputs, targets, weights = self.prepare(images, classes, epoch, taught, weights, part)
+        inputs, targets, weights = self.prepare(batch, epoch, part)
         for layer in self.dropouts:
             layer.part = part
         with together:
@@ -2569,20 +2584,19 @@ class Learner:
         hits = targets.gather(1, logits.detach().argmax(dim=1, keepdim=True)).sum()
         return torch.stack([loss.detach().nan_to_num(0, 0, 0) * len(inputs), hits])
 
-    def prepare(self, images: Tensor, classes: Tensor, epoch: int, taught: Tensor | None, weights: Tensor | None,
-                part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
-        """This step's inputs [B, 1, S, S], targets [B, classes] and weights [B], augmented and blended."""
+    def prepare(self, batch: Batch, epoch: int, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This step's inputs [B, 1, S, S], targets [B, classes] and weights [B], augmented and blended alike."""
         config, seed = self.config, seed_of(self.config, epoch, self.step)
         torch.manual_seed(seed ^ 1)  # dropout draws from the global generator
         draws = Draws(seed, self.runtime.device, part)
-        inputs = augment(images, config, draws) if config.augment else to_input(images, config)
-        targets = F.one_hot(classes, self.num_classes).float()
-        if taught is not None:
-            targets = torch.lerp(targets, taught.to(targets), config.teacher_share)
-        if weights is not None:
-            targets = torch.cat([targets, weights[:, None]], dim=1)
+        inputs = augment(batch.images, config, draws) if config.augment else to_input(batch.images, config)
+        targets = F.one_hot(batch.classes, self.num_classes).float()
+        if batch.taught is not None:
+            targets = torch.lerp(targets, batch.taught.to(targets), config.teacher_share)
+        if batch.weights is not None:
+            targets = torch.cat([targets, batch.weights[:, None]], dim=1)
         inputs, targets = (values[part.lead:] for values in mix(inputs, targets, config, seed))
-        return inputs, targets[:, : self.num_classes], None if weights is None else targets[:, -1]
+        return inputs, targets[:, : self.num_classes], None if batch.weights is None else targets[:, -1]
 
     def descend(self, progress: float) -> None:
         """Clipping, the optimizer's step at the schedule's rate, the averages; nothing where numbers are not finite."""
@@ -2643,6 +2657,23 @@ class Setback(Exception):
     """Many steps one after another had no finite numbers, or the weights have none."""
 
 
+class Tally:
+    """Summed loss and hits [2] of an epoch's images till now; those of this rank are left on the device."""
+
+    def __init__(self, progress: Progress, runtime: Runtime):
+        self.ranks = runtime.ranks
+        self.before = torch.tensor(progress.totals if self.ranks.rank == 0 else [0.0, 0.0])
+        self.own = self.before.to(runtime.device, copy=True)
+
+    def sums(self) -> list[float]:
+        """What all ranks have together; all must ask."""
+        return self.ranks.add(self.own.clone()).tolist()
+
+    def guess(self, images: int) -> tuple[float, float]:
+        """Mean loss and accuracy of the epoch's images, if the other ranks' were like this one's."""
+        return tuple((torch.lerp(self.before, self.own.cpu(), self.ranks.count) / images).tolist())
+
+
 def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
           keeper: RunKeeper) -> dict[str, float]:
     """The rest of an epoch, or what of it there is time for; gives train_loss, train_accuracy and learning_rate.
@@ -2650,10 +2681,8 @@ def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
     Raises Setback where the numbers have gone wrong, and Stopped after the step in which a signal came.
     """
     config, ranks, begun = learner.config, learner.runtime.ranks, time.monotonic() - progress.seconds
-    steps = epoch_steps(data.train_rows, config, progress.epoch)
-    shares, update = accumulation_shares(len(steps), config.accumulate), True
-    before = torch.tensor(progress.totals if ranks.rank == 0 else [0.0, 0.0])
-    totals = before.to(learner.runtime.device, copy=True)  # read when shown, or kept
+    steps, tally, update = epoch_steps(data.train_rows, config, progress.epoch), Tally(progress, learner.runtime), True
+    shares = accumulation_shares(len(steps), config.accumulate)
     learner.model.train()
     if config.freeze_epochs:
         learner.freeze(progress.epoch <= config.freeze_epochs)
@@ -2661,8 +2690,7 @@ def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
     def pause() -> None:
         """Bring the progress up to date, if the numbers are sound. Waits for the device."""
         learner.check_faults()
-        progress.totals = ranks.add(totals.clone()).tolist()
-        progress.seconds = time.monotonic() - begun
+        progress.totals, progress.seconds = tally.sums(), time.monotonic() - begun
 
     with tqdm(total=len(data.train_rows), initial=progress.images, unit="img", unit_scale=True, leave=False,
               disable=ranks.rank > 0 or None, desc=f"epoch {progress.epoch}/{config.num_epochs}") as bar:
@@ -2676,15 +2704,11 @@ def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
             if done >= 1:
                 break
             (share, update), part = shares[number], ranks.part(len(steps[number]), int(config.mixup or config.cutmix))
-            rows = steps[number][part.places]
-            taught, weights = (None if known is None else known[torch.from_numpy(rows).to(known.device)]
-                               for known in (data.taught, data.weights))
-            totals += learner.learn(*data.dataset.batch(rows), progress.epoch, done, share, update, taught, weights,
-                                    part)
+            tally.own += learner.learn(data.batch(steps[number], part), progress.epoch, done, share, update)
             progress.steps, progress.images = number + 1, progress.images + part.total
             if bar.update(part.total):  # true when the bar was redrawn, ten times a second at the most
-                mean_loss, accuracy = (torch.lerp(before, totals.cpu(), ranks.count) / progress.images).tolist()
-                bar.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.1%}", lr=f"{learner.learning_rate:.1e}",
+                loss, accuracy = tally.guess(progress.images)
+                bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", lr=f"{learner.learning_rate:.1e}",
                                 refresh=False)
             if update and learner.updates % FAULT_STEPS == 0:
                 learner.check_faults()

@@ -47,7 +47,7 @@ def measure(config: script.Config, size: int, steps: int) -> str:
     learner.model.train()
     for step in range(steps):
         begun = time.perf_counter()
-        learner.learn(*dataset.batch(batches[step % len(batches)]), 1, step / steps)
+        learner.learn(script.Batch(*dataset.batch(batches[step % len(batches)])), 1, step / steps)
         seconds.append(time.perf_counter() - begun)
     held, array = resident_gb(), images.nbytes / 1e9
     return (f"| {size:,} | {ready:.2f} | {1000 * np.median(seconds[3:]):.0f} | {held:.2f} | {held - array:.2f} |")

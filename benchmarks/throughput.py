@@ -89,7 +89,7 @@ class Ours:
         images = 0
         for _ in range(steps):
             rows = self.steps[self.place % len(self.steps)]
-            self.learner.learn(*self.data.dataset.batch(rows), 1, 0.5)
+            self.learner.learn(self.data.batch(rows), 1, 0.5)
             self.place, images = self.place + 1, images + len(rows)
         return images
 

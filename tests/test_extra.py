@@ -131,7 +131,7 @@ def test_rows_of_no_weight_are_not_learnt():
     for learner, rest in ((one, 0), (other, 90)):
         changed = images.clone()
         changed[4:] += rest  # which may then be anything
-        learner.learn(changed, classes, epoch=1, progress=0.5, weights=weights)
+        learner.learn(script.Batch(changed, classes, weights=weights), epoch=1, progress=0.5)
     for weight, same in zip(one.model.parameters(), other.model.parameters()):
         assert torch.equal(weight, same)
 
@@ -139,7 +139,8 @@ def test_rows_of_no_weight_are_not_learnt():
 def test_equal_weights_are_none():
     images, classes = batch()
     plain, weighted = learner_of(mixup=True), learner_of(mixup=True)
-    totals = [plain.learn(images, classes, 1, 0.5), weighted.learn(images, classes, 1, 0.5, weights=torch.ones(8))]
+    totals = [plain.learn(script.Batch(images, classes), 1, 0.5),
+              weighted.learn(script.Batch(images, classes, weights=torch.ones(8)), 1, 0.5)]
     assert torch.allclose(*totals) and totals[0][1] == totals[1][1]
     for weight, same in zip(plain.model.parameters(), weighted.model.parameters()):
         assert torch.allclose(weight, same, atol=1e-6)
@@ -151,7 +152,7 @@ def test_mixing_blends_the_weights_as_it_blends_the_targets(monkeypatch, setting
     learner, weights, seen = learner_of(**settings), torch.arange(8.0), []
     monkeypatch.setattr(script, "weighted_loss", lambda logits, targets, smoothing, weights: seen.append(
         (targets, weights)) or logits.sum())
-    learner.learn(images, classes, 1, 0.5, weights=weights)
+    learner.learn(script.Batch(images, classes, weights=weights), 1, 0.5)
     (targets, blended), numbers = seen[0], torch.eye(8)
     expected = script.mix(images.float(), numbers, learner.config, script.seed_of(learner.config, 1, 0))[1]
     assert torch.allclose(blended, expected @ weights) and torch.allclose(targets, expected @ torch.eye(4)[classes])

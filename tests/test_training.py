@@ -78,7 +78,7 @@ def test_what_teachers_say_is_learnt(tmp_path):
     images, classes = data.dataset.batch(data.train_rows)
     taught = F.one_hot((classes + 1) % 4, 4).half()  # the teachers are sure, and contradict the labels
     for _ in range(30):
-        learner.learn(images, classes, epoch=1, progress=0.1, taught=taught)
+        learner.learn(script.Batch(images, classes, taught), epoch=1, progress=0.1)
     learner.model.eval()
     assert (learner.model(script.to_input(images, SMALL)).argmax(dim=1) == (classes + 1) % 4).float().mean() > 0.9
 
@@ -147,9 +147,9 @@ def test_accumulated_batches_are_one_large_batch():
     """Without batch norm and dropout, four batches of two rows step as one of eight does."""
     config, data = dataclasses.replace(SMALL, model="mlp", dropout=0.0, augment=False), small_data()
     one, four = learner_of(config), learner_of(dataclasses.replace(config, batch_size=2, accumulate=4))
-    one.learn(*data.dataset.batch(np.arange(8)), epoch=1, progress=0.5)
+    one.learn(data.batch(np.arange(8)), epoch=1, progress=0.5)
     for number, (share, update) in enumerate(script.accumulation_shares(4, 4)):
-        four.learn(*data.dataset.batch(np.arange(2 * number, 2 * number + 2)), 1, 0.5, share, update)
+        four.learn(data.batch(np.arange(2 * number, 2 * number + 2)), 1, 0.5, share, update)
     assert (one.updates, four.updates, four.step) == (1, 1, 4)
     for weight, other in zip(one.model.parameters(), four.model.parameters()):
         assert torch.allclose(weight, other, atol=1e-6)
@@ -345,11 +345,11 @@ def test_a_step_without_finite_numbers_is_left_out(tmp_path, monkeypatch, capsys
 
 def test_a_step_that_is_left_out_changes_nothing():
     data, learner = small_data(), learner_of(SMALL)
-    batch = data.dataset.batch(np.arange(8))
-    learner.learn(*batch, epoch=1, progress=0.1)
+    batch = data.batch(np.arange(8))
+    learner.learn(batch, epoch=1, progress=0.1)
     before = learner.state()
     inputs_that_overflow(learner)
-    learner.learn(*batch, epoch=1, progress=0.1)
+    learner.learn(batch, epoch=1, progress=0.1)
     after = learner.state()
     for name in ("model", "average", "optimizer"):
         plain = [{key: value for key, value in state[name].items() if "num_batches" not in key}
@@ -509,15 +509,15 @@ def test_threads_of_several_gpus_compute_in_the_runs_precision():
 def test_no_host_synchronisation_in_a_step(monkeypatch):
     """A step reads nothing back from the device: no item(), tolist(), cpu() or truth value of a tensor."""
     learner, data = learner_of(SMALL), small_data()
-    batch = data.dataset.batch(np.arange(8))
-    learner.learn(*batch, epoch=1, progress=0.1)  # the optimizer reads its fresh state once
+    batch = data.batch(np.arange(8))
+    learner.learn(batch, epoch=1, progress=0.1)  # the optimizer reads its fresh state once
 
     def forbidden(*_):
         raise AssertionError("a step waits for the device")
 
     for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__"):
         monkeypatch.setattr(torch.Tensor, name, forbidden)
-    learner.learn(*batch, epoch=1, progress=0.2)
+    learner.learn(batch, epoch=1, progress=0.2)
 
 
 def test_time_for_training_is_what_the_rest_leaves():
