@@ -839,29 +839,26 @@ def path_faults(names: pd.Series, root: Path) -> dict[int, str]:
                            (r"\\" if os.sep == "/" else "\0", "its path holds a backslash; write /")):
         for place in np.flatnonzero(names.str.contains(pattern)):
             faults.setdefault(int(place), fault)
-    inside, folders = os.path.realpath(root), names.str.rpartition("/")[0]
-    for folder in folders.drop(folders.index[list(faults)]).unique():
-        path, leads_out = os.path.join(root, folder), set()
-        try:
-            with os.scandir(path) as entries:
-                leads_out = {entry.name for entry in entries
-                             if entry.is_symlink() and not is_below(os.path.realpath(entry.path), inside)}
-        except OSError:  # no such folder: said of each image when it is decoded
-            pass
-        if not is_below(os.path.realpath(path), inside):
-            links = folders == folder
-        elif leads_out:
-            links = (folders == folder) & names.str.rpartition("/")[2].isin(leads_out)
-        else:
-            continue
-        for place in np.flatnonzero(links):
-            faults.setdefault(int(place), f"a symbolic link leads out of {root}")
+    parts = names.str.rpartition("/")
+    for folder in parts[0].drop(parts.index[list(faults)]).unique():
+        outside = names_outside(os.path.join(root, folder), os.path.realpath(root))
+        if outside != set():
+            links = (parts[0] == folder) & (outside is None or parts[2].isin(outside))
+            for place in np.flatnonzero(links):
+                faults.setdefault(int(place), f"a symbolic link leads out of {root}")
     return faults
 
 
-def is_below(path: str, folder: str) -> bool:
-    """Whether a real path is a folder's or below it."""
-    return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
+def names_outside(folder: str, root: str) -> set[str] | None:
+    """The names in a folder that are links to outside of a root; None where the folder itself lies outside."""
+    if not Path(os.path.realpath(folder)).is_relative_to(root):
+        return None
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name for entry in entries
+                    if entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(root)}
+    except OSError:  # no such folder: said of each image when it is decoded
+        return set()
 
 
 def read_csv(path: Path, columns: tuple[str, ...], **options) -> pd.DataFrame:
@@ -2922,24 +2919,22 @@ def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> Neighbou
 
 
 def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], runtime: Runtime,
-                     rows: np.ndarray | None = None, weights: np.ndarray | None = None) -> np.ndarray:
+                     rows: np.ndarray | None = None) -> np.ndarray:
     """The members' mean probabilities, float32 [rows, classes], classes in the first member's order.
 
-    Each member has its own dataset of the same table; without `rows` all of it is meant. `weights` [members] are what
-    each counts, as `fit_weights` finds them on rows that none was trained on. Raises DataError where their classes
-    differ.
+    Each member has its own dataset of the same table; without `rows` all of it is meant. Raises DataError where their
+    classes differ. `ensemble_of_files` never has more than one network in memory, and may weigh them.
     """
     classes, total = members[0].classes, 0
-    weights = np.ones(len(members)) if weights is None else weights
-    for member, dataset, weight in zip(members, datasets, weights.tolist()):
+    for member, dataset in zip(members, datasets):
         differing = set(classes) ^ set(member.classes)
         if differing:
             raise DataError(f"the checkpoints know different classes ({', '.join(sorted(differing)[:5])}); "
                             "average networks that were trained on the same ones")
         wanted = np.arange(len(dataset)) if rows is None else rows
         probabilities = predict(runtime.place(member.model), dataset, wanted, member.config, runtime)
-        total = total + weight * probabilities[:, [member.classes.index(label) for label in classes]]
-    return total / weights.sum().item()
+        total = total + probabilities[:, [member.classes.index(label) for label in classes]]
+    return total / len(members)
 
 
 @dataclass(frozen=True)
@@ -3261,6 +3256,14 @@ def write_probabilities(path: Path, judged: Judged, classes: list[str], **more: 
 TEST_PROBABILITIES = "test_probabilities.npz"  # what --save-probabilities writes, in output_dir
 
 
+def write_answers(config: Config, table: Table, probabilities: np.ndarray, classes: list[str], networks: int) -> None:
+    """Write the submission of a test table, and its probabilities where they are asked for: the mean of `networks`."""
+    folder = Path(config.output_dir)
+    write_submission(folder / config.submission_file, table, probabilities, classes)
+    if config.save_probabilities:
+        write_test_probabilities(folder / TEST_PROBABILITIES, table, probabilities, classes, networks)
+
+
 def write_test_probabilities(path: Path, table: Table, probabilities: np.ndarray, classes: list[str],
                              networks: int) -> None:
     """Keep a test table's probabilities, the mean of so many networks, for `predict` to average with others.
@@ -3504,6 +3507,13 @@ def plot_predictions(path: Path, judged: Judged, names: list[str], count: int = 
                 judged.images(chosen), texts, ["#228833" if hit else "#cc3311" for hit in right])
 
 
+def draw_training(folder: Path, data: TrainingData, history: pd.DataFrame, kept: int, symbols: dict[str, str]) -> None:
+    """The pictures of what was learnt from and of how it went: class_distribution, samples and curves."""
+    plot_class_distribution(folder / "class_distribution.png", data.classes, data.own_targets, symbols)
+    plot_samples(folder / "samples.png", data, symbols)
+    plot_curves(folder / "curves.png", history, kept)
+
+
 def write_judgement(folder: Path, prefix: str, judged: Judged, classes: list[str], symbols: dict[str, str],
                     pictures: bool) -> None:
     """Write the accuracy by class and draw it, the confusions and some predictions."""
@@ -3648,45 +3658,55 @@ def run_one(config: Config, data: TrainingData, task: Task, started: float, take
     `taken` are seconds of max_minutes that are not for this network.
     """
     folder, runtime = output_folder(config), task.runtime
-    ranks, about = runtime.ranks, identify_run(config, data, runtime)
-    if difference := describe_difference(ranks.ask_first(lambda: about), about):
-        raise DataError(f"rank 0 has a run with {difference}: all ranks must read the same files")
+    about = agreed_run(config, data, runtime)
     if data.extra:
         print(describe_extra(config, data))
-    keeper = RunKeeper(config, folder / "last.pth", about, task.stops, ranks)
+    keeper = RunKeeper(config, folder / "last.pth", about, task.stops, runtime.ranks)
     started -= keeper.elapsed
     to_predict = len(task.test_table) * (2 if config.folds else 1)  # once more with the other folds' networks
     seconds = seconds_to_train(config, data, to_predict, runtime, started - taken, goes_on=keeper.found is not None)
     history = fit(config, data, runtime, seconds, keeper)
-    # The process before this one may have got further than its last network alone.
-    best = ranks.ask_first(lambda: load_checkpoint(folder / config.model_file)).alone
+    best, judged = finish_network(config, data, runtime)
+    probabilities = ensemble_predict([best], [task.test_dataset], runtime)
+    if runtime.ranks.rank == 0:
+        answer_for_bad_images(task.test_table, probabilities, data.classes)
+        write_answers(config, task.test_table, probabilities, data.classes, 1)
+        if judged:
+            write_probabilities(folder / "val_probabilities.npz", judged, data.classes)
+        write_run_record(folder / "run.json", config, runtime, best.metrics, started, about["data"])
+        if config.pictures:
+            draw_training(folder, data, history, best.metrics["epoch"], task.symbols)
+        if judged:
+            write_judgement(folder, "", judged, data.classes, task.symbols, config.pictures)
+        keeper.discard()
+        print(describe_result(config, best.metrics, history, started))
+    return time.monotonic() - started
+
+
+def agreed_run(config: Config, data: TrainingData, runtime: Runtime) -> dict:
+    """What `identify_run` says of this run. Raises DataError on a rank that read anything else than rank 0."""
+    about = identify_run(config, data, runtime)
+    if difference := describe_difference(runtime.ranks.ask_first(lambda: about), about):
+        raise DataError(f"rank 0 has a run with {difference}: all ranks must read the same files")
+    return about
+
+
+def finish_network(config: Config, data: TrainingData, runtime: Runtime) -> tuple[Trained, Judged | None]:
+    """The best epoch's network, as it will answer, and what it says of the validation rows, if there are any.
+
+    Training images that vote come to its file, with the figures that they lead to.
+    """
+    path = Path(config.output_dir, config.model_file)
+    best = runtime.ranks.ask_first(lambda: load_checkpoint(path)).alone  # a process before this one may have come here
     if config.neighbours:
         best = dataclasses.replace(best, model=remember(best, data, runtime))
     judged = judge([best], [data.dataset], data.val_rows, data.targets, runtime) if len(data.val_rows) else None
     if config.neighbours:
-        metrics = {**best.metrics, **(score(judged.probabilities, judged.targets) if judged else {})}
-        best = dataclasses.replace(best, metrics=metrics)
-        if ranks.rank == 0:
-            save_checkpoint(folder / config.model_file, best.model, config, data.classes, data.statistics, metrics)
-    probabilities = ensemble_predict([best], [task.test_dataset], runtime)
-    if ranks.rank:
-        return time.monotonic() - started
-    answer_for_bad_images(task.test_table, probabilities, data.classes)
-    write_submission(folder / config.submission_file, task.test_table, probabilities, data.classes)
-    if config.save_probabilities:
-        write_test_probabilities(folder / TEST_PROBABILITIES, task.test_table, probabilities, data.classes, 1)
-    if judged:
-        write_probabilities(folder / "val_probabilities.npz", judged, data.classes)
-    write_run_record(folder / "run.json", config, runtime, best.metrics, started, keeper.about["data"])
-    if config.pictures:
-        plot_class_distribution(folder / "class_distribution.png", data.classes, data.own_targets, task.symbols)
-        plot_samples(folder / "samples.png", data, task.symbols)
-        plot_curves(folder / "curves.png", history, best.metrics["epoch"])
-    if judged:
-        write_judgement(folder, "", judged, data.classes, task.symbols, config.pictures)
-    keeper.discard()
-    print(describe_result(config, best.metrics, history, started))
-    return time.monotonic() - started
+        figures = score(judged.probabilities, judged.targets) if judged else {}
+        best = dataclasses.replace(best, metrics={**best.metrics, **figures})
+        if runtime.ranks.rank == 0:
+            save_checkpoint(path, best.model, config, data.classes, data.statistics, best.metrics)
+    return best, judged
 
 
 def run_folds(config: Config, data: TrainingData, task: Task, started: float) -> None:
@@ -3789,10 +3809,7 @@ def write_folds(config: Config, every: dict[int, Config], found: dict[int, dict]
     if runtime.ranks.rank:
         return
     answer_for_bad_images(task.test_table, probabilities, data.classes)
-    write_submission(folder / config.submission_file, task.test_table, probabilities, data.classes)
-    if config.save_probabilities:
-        write_test_probabilities(folder / TEST_PROBABILITIES, task.test_table, probabilities, data.classes,
-                                 len(members))
+    write_answers(config, task.test_table, probabilities, data.classes, len(members))
     judged = judge_folds(found, data)
     folds, seconds = data.parts[judged.rows], sum(record["seconds"] for record in found.values())
     metrics, whole = score_folds(judged, folds), dataclasses.replace(data, train_rows=judged.rows, val_rows=judged.rows)
@@ -3853,10 +3870,8 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
         return
     if any(member.config for member in members):  # saved answers need no image
         answer_for_bad_images(table, probabilities, classes)
-    write_submission(folder / config.submission_file, table, probabilities, classes)
     networks = sum(member.networks for member, weight in zip(members, weights) if weight)
-    if config.save_probabilities:
-        write_test_probabilities(folder / TEST_PROBABILITIES, table, probabilities, classes, networks)
+    write_answers(config, table, probabilities, classes, networks)
     what = "one network" if networks == 1 else f"the mean of {networks} networks"
     print(f"wrote {folder / config.submission_file}"
           f"{f' and {TEST_PROBABILITIES}' if config.save_probabilities else ''}: {len(table):,} rows, {what}, "

@@ -46,8 +46,6 @@ def test_an_ensemble_is_the_mean_of_its_members_by_class_name():
     for trained in (first, second):
         alone[trained.config.seed] = script.ensemble_predict([trained], [data], CPU)
     both = script.ensemble_predict([first, second], [data, data], CPU)
-    weighted = script.ensemble_predict([first, second], [data, data], CPU, weights=np.array([3.0, 0.0]))
-    assert np.allclose(weighted, alone[first.config.seed]) and not np.allclose(weighted, both)
     assert np.allclose(both, (alone[0] + alone[1][:, [1, 2, 0]]) / 2, atol=1e-6)
     with pytest.raises(DataError, match=r"different classes \(3, 4\)"):
         script.ensemble_predict([first, member(0, ["1", "2", "4"])], [data, data], CPU)

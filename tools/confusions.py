@@ -128,9 +128,9 @@ def report(given: argparse.Namespace) -> None:
     """Print the groups and figures, write the table and the picture."""
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir, output_dir=given.output_dir)
     folder, runtime = script.output_folder(config), script.start_runtime(config)
-    members = [script.load_checkpoint(path) for path in given.checkpoints]
-    datasets, targets = script.validation_datasets(members, config, runtime)
-    probabilities = script.ensemble_predict(members, datasets, runtime)
+    members = script.look_at_members(given.checkpoints)
+    question, targets = script.validation_question(members, config, runtime)
+    probabilities = script.ensemble_of_files(members, question)
     classes, predicted = members[0].classes, probabilities.argmax(axis=1)
     symbols = script.read_symbols(config)
     counts = confusion_counts(targets, predicted, len(classes))
@@ -146,9 +146,10 @@ def report(given: argparse.Namespace) -> None:
     with script.whole_file(folder / "confused_pairs.csv") as temporary:
         confused_pairs(counts, classes, symbols).to_csv(temporary, index=False)
     if found:
+        images = question.dataset(members[0].statistics).images.cpu().numpy()
         names = [(f"{drawn}  " if drawn.startswith("$") else "") + symbols.get(label, label).replace("$", r"\$")
                  for label, drawn in zip(classes, script.symbol_texts(classes, symbols))]
-        plot_groups(folder / "confused_groups.png", found, counts, names, datasets[0].images.cpu().numpy(), targets)
+        plot_groups(folder / "confused_groups.png", found, counts, names, images, targets)
     print(f"wrote confused_pairs.csv{' and confused_groups.png' if found else ''} in {folder.resolve()}")
 
 
