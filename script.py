@@ -2879,16 +2879,21 @@ def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config
 
 def predict(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config,
             runtime: Runtime) -> np.ndarray:
-    """Probabilities, float32 [rows, classes], in the order of `rows`; arguments and errors as in `infer`.
+    """Probabilities, float32 [rows, classes], in the order of `rows`: the mean of the config's views.
 
-    The config's `views` are averaged: the images as they are, and then as `draw_view` draws them.
+    Arguments and errors as in `infer`.
     """
-    total = torch.from_numpy(infer(model, dataset, rows, config, runtime)).softmax(dim=1)
+    return (sum(ask_views(model, dataset, rows, config, runtime)) / config.views).numpy()
+
+
+def ask_views(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config: Config,
+              runtime: Runtime) -> Iterator[Tensor]:
+    """The probabilities of each view: of the images as they are, and then as `draw_view` draws them."""
+    yield torch.from_numpy(infer(model, dataset, rows, config, runtime)).softmax(dim=1)
     drawn = dataclasses.replace(config, augment=False)  # for to_input: warped images need no softening
     for view in range(1, config.views):
         images = draw_view(dataset, rows, config, view, runtime)
-        total += torch.from_numpy(infer(model, images, np.arange(len(rows)), drawn, runtime)).softmax(dim=1)
-    return (total / config.views).numpy()
+        yield torch.from_numpy(infer(model, images, np.arange(len(rows)), drawn, runtime)).softmax(dim=1)
 
 
 VIEW_ROWS = 128  # whose augmentation is drawn at a time, whatever the batches are

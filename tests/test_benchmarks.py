@@ -95,7 +95,8 @@ def test_a_benchmark_runs_to_its_end(trained, name, arguments, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "expected"), [("soften", "soften 0.2 "), ("neighbours", "30 neighbours, share 0.2 ")])
+@pytest.mark.parametrize(("name", "expected"), [("soften", "soften 0.2 "), ("neighbours", "30 neighbours, share 0.2 "),
+                                              ("views", "views 9 ")])
 def test_a_benchmark_of_a_checkpoint_runs_to_its_end(trained, name, expected):
     data, cache, checkpoints = trained
     assert expected in benchmark(name, checkpoints[0], "--data-dir", str(data), "--cache-dir", str(cache))
