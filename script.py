@@ -2764,18 +2764,21 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
                                 "same steps") from None
             row["seconds"] = progress.seconds + time.monotonic() - begun
             close_epoch(learner, data, progress, pace, keeper, row, board)
+            if waits_in_vain(config, progress) and progress.epoch <= config.num_epochs:
+                print(f"stopped early: {config.early_stopping} epochs without a better validation {config.select_by}")
     return pd.DataFrame(progress.history, columns=HISTORY_COLUMNS)
 
 
 def is_over(config: Config, progress: Progress, done: float) -> bool:
     """Whether no epoch is to follow: all are done, the time is over, or epochs enough were no better."""
-    if not progress.history:
-        return False
-    waited = progress.history[-1]["epoch"] - progress.best["epoch"]
-    if config.early_stopping and waited >= config.early_stopping and progress.epoch <= config.num_epochs:
-        print(f"stopped early: {waited} epochs without a better validation {config.select_by}")
-        return True
-    return progress.epoch > config.num_epochs or (done >= 1 and not progress.steps)
+    over = progress.epoch > config.num_epochs or (done >= 1 and not progress.steps) or waits_in_vain(config, progress)
+    return bool(progress.history) and over
+
+
+def waits_in_vain(config: Config, progress: Progress) -> bool:
+    """Whether the last epochs, as many as early_stopping says, were no better than the best."""
+    return bool(config.early_stopping and progress.history
+                and progress.history[-1]["epoch"] - progress.best["epoch"] >= config.early_stopping)
 
 
 def close_epoch(learner: Learner, data: TrainingData, progress: Progress, pace: Pace, keeper: RunKeeper, row: dict,
