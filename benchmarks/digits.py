@@ -6,15 +6,18 @@ Sets 10,000 of the labelled rows aside, stratified and the same ones in every ru
 `--held-out-seed`, for a last figure when those have served to choose), and hands the others to the real command, once
 for each seed; what it keeps of them for validation is its own affair. Then `script.py evaluate` judges
 the held-out rows, each network alone and, of several, their mean. Prints a row for each: accuracy, errors, loss, and
-the seconds of the whole training command.
+the run's seconds by its own record. In a `--folder` tables and networks stay, and a network that is finished there
+is only judged: so that seeds can be trained side by side, and other recipes be compared on the rows that are left.
 """
 
 import argparse
+import contextlib
+import json
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +47,16 @@ def command(*words: object) -> str:
     return done.stdout
 
 
+def train_once(words: list[object], output: Path, flags: str) -> None:
+    """Train into a folder, unless a network of the same flags is finished there; stop where it is one of others."""
+    mark = output / "flags.txt"
+    if mark.exists() and mark.read_text() != flags:
+        sys.exit(f"{output}: holds a network of other flags ({mark.read_text()}); name another --folder")
+    if not mark.exists():
+        command(*words, "--output-dir", output)
+        mark.write_text(flags)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", type=Path, required=True)
@@ -51,9 +64,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--held-out", type=int, default=HELD_OUT)
     parser.add_argument("--held-out-seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="of tables and networks, which then stay")
     given, flags = parser.parse_known_args()
-    with tempfile.TemporaryDirectory() as name:
+    with contextlib.nullcontext(given.folder) if given.folder else tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
         train, held = hold_out(given.data_dir, folder, given.held_out, given.held_out_seed)
         where = ["--data-dir", given.data_dir, "--cache-dir", given.cache_dir or folder / "cache", "--no-pictures"]
 
@@ -67,10 +82,11 @@ def main() -> None:
         print("| network | accuracy | errors | loss | seconds |\n|---|--:|--:|--:|--:|", flush=True)
         accuracies, checkpoints = [], []
         for seed in given.seeds:
-            started, output = time.perf_counter(), folder / f"seed{seed}"
-            command(*where, "--train-csv", train, "--output-dir", output, "--seed", seed, *flags)
+            output = folder / f"seed{seed}"
+            train_once([*where, "--train-csv", train, "--seed", seed, *flags], output, shlex.join(flags))
             checkpoints.append(output / "best_model.pth")
-            accuracies.append(judge(f"seed {seed}", checkpoints[-1:], time.perf_counter() - started))
+            seconds = json.loads((output / "run.json").read_text())["seconds"]
+            accuracies.append(judge(f"seed {seed}", checkpoints[-1:], seconds))
         if len(checkpoints) > 1:
             print(f"| mean | {np.mean(accuracies):.2f} ± {np.std(accuracies, ddof=1):.2f} | | | |")
             judge("their probabilities averaged", checkpoints, 0)

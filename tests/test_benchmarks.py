@@ -102,6 +102,18 @@ def test_a_benchmark_of_a_checkpoint_runs_to_its_end(trained, name, expected):
     assert expected in benchmark(name, checkpoints[0], "--data-dir", str(data), "--cache-dir", str(cache))
 
 
+@pytest.mark.slow
+def test_digits_stay_in_their_folder_and_are_trained_once(trained, tmp_path):
+    data, *_ = trained
+    command = ["digits", "--data-dir", str(data), "--held-out", "50", "--model", "mlp", "--folder", str(tmp_path)]
+    first = benchmark(*command, *QUICK)
+    written = (tmp_path / "seed0" / "best_model.pth").stat().st_mtime_ns
+    assert benchmark(*command, *QUICK) == first
+    assert (tmp_path / "seed0" / "best_model.pth").stat().st_mtime_ns == written
+    with pytest.raises(AssertionError, match="holds a network of other flags"):
+        benchmark(*command, *QUICK, "--no-augment")
+
+
 def test_the_gpu_run_ends_in_a_table_whatever_fails(tmp_path):
     """With a stand-in for Python, which prints what the benchmarks print and fails in one of them."""
     stub = tmp_path / "python"
