@@ -276,14 +276,14 @@ PREDICT_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "on_bad_ima
 # Those of them that say nothing to `run`.
 PREDICT_ONLY = {"member_weights", "views"}
 
+# Those of the arithmetic, which may be others from fold to fold: folds may be trained on several machines.
+ON_MACHINE = {"precision", "eval_batch_size", "compile", "deterministic"}
+
 # The settings that may be others when a run goes on: they change where and how, not what.
 RESUME_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "on_bad_image", "output_dir", "cache_dir",
                    "submission_file", "pictures", "tensorboard", "resume", "checkpoint_minutes", "max_minutes",
                    "device", "num_workers", "pin_memory", "save_probabilities", "extra_csv", "extra_root",
                    *PREDICT_ONLY}
-
-# Those that may be others from fold to fold, which may be trained on several machines.
-ON_MACHINE = {"precision", "eval_batch_size", "compile", "deterministic"}
 
 
 def check_model(name: str) -> None:
@@ -313,7 +313,7 @@ def check_folds(config: Config) -> None:
     if config.fold is not None and config.fold >= config.folds:
         raise ValueError(f"fold must be below folds, which is {config.folds}, not {config.fold}; it counts from 0")
     if config.folds and config.train_val_split == 1:
-        raise ValueError("folds has rows to validate on in each: train_val_split must not be 1")
+        raise ValueError("with folds every row is validated on once: train_val_split must not be 1")
     if config.group_column == "label" or re.fullmatch(PIXEL, config.group_column):
         raise ValueError(f"group_column must be a column of its own, not {config.group_column!r}")
     if config.group_column and parts_of(config) == 1:
@@ -359,7 +359,7 @@ def make_parser() -> argparse.ArgumentParser:
                         help="run (the default): train, predict and write the submission; predict: the submission of "
                              "existing checkpoints and test_probabilities.npz, averaged (default: model_file in the "
                              "output folder); evaluate: their accuracy on the labelled rows of test_csv")
-    parser.add_argument("--preset", choices=PRESETS, help="start from this recipe; flags given with it go before it")
+    parser.add_argument("--preset", choices=PRESETS, help="start from this recipe; other flags override it")
     helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
     for name, annotation in typing.get_type_hints(Config).items():
         default = getattr(Config, name)
@@ -385,12 +385,10 @@ def parse_command_line(argv: list[str] | None) -> tuple[str, list[str], Config]:
         parser.error(f"unknown command {command}; the commands are run, predict and evaluate")
     if command == "run" and checkpoints:
         parser.error(f"run takes no checkpoint ({checkpoints[0]}); to use one: script.py predict {checkpoints[0]}")
-    idle = sorted(settings.keys() & PREDICT_ONLY)
-    if command == "run" and idle:
-        parser.error(f"--{idle[0].replace('_', '-')} has no effect on run: it is for predict and evaluate")
-    idle = sorted(settings.keys() - PREDICT_SETTINGS)
-    if command != "run" and idle:
-        parser.error(f"--{idle[0].replace('_', '-')} has no effect on {command}: the checkpoint holds it")
+    idle, why = ((settings.keys() & PREDICT_ONLY, "it is for predict and evaluate") if command == "run" else
+                 (settings.keys() - PREDICT_SETTINGS, "the checkpoint holds it"))
+    if idle:
+        parser.error(f"--{min(idle).replace('_', '-')} has no effect on {command}: {why}")
     try:
         return command, checkpoints, Config(**{**PRESETS.get(settings.pop("preset", ""), {}), **settings})
     except ValueError as error:
@@ -1008,8 +1006,9 @@ def read_train_table(config: Config) -> Table:
 
 
 def extra_settings(config: Config) -> Config:
-    """The config with the extra table in the place of the training table."""
-    return dataclasses.replace(config, train_csv=config.extra_csv, root_dir=config.extra_root or config.root_dir)
+    """The config with the extra table in the place of the training table; it is never split, so it needs no groups."""
+    return dataclasses.replace(config, train_csv=config.extra_csv, root_dir=config.extra_root or config.root_dir,
+                               group_column="")
 
 
 def read_extra_table(config: Config, labels: pd.Series) -> Table:
@@ -1082,6 +1081,11 @@ def sort_classes(labels: pd.Series) -> list[str]:
     return sorted(labels.unique(), key=order)
 
 
+def class_numbers(labels: pd.Series, classes: list[str]) -> np.ndarray:
+    """Each label's position among the classes, int64 [N]; -1 where it is none of them."""
+    return pd.Index(classes).get_indexer(labels).astype(np.int64)
+
+
 SMALLEST_CLASS_TO_SPLIT = 4
 
 
@@ -1111,7 +1115,9 @@ def divide_rows(config: Config, table: Table, targets: np.ndarray, images: np.nd
     Raises DataError where the rows are too few for their parts.
     """
     usable, parts = np.setdiff1d(np.arange(len(table)), table.bad), np.full(len(table), -1)
-    groups = row_groups(table, images, config.group_column)[usable]
+    pixels = pd.factorize(pd.Series(fingerprints(images))[usable])[0]
+    values = table.rows[config.group_column].to_numpy()[usable] if config.group_column else pixels
+    groups = join_groups(values, pixels)
     parts[usable] = deal_parts(targets[usable], groups, parts_of(config), config.split_seed)
     sizes = np.bincount(parts[usable], minlength=parts_of(config))
     if not sizes.min() or sizes.sum() - sizes.max() < 2:
@@ -1120,25 +1126,30 @@ def divide_rows(config: Config, table: Table, targets: np.ndarray, images: np.nd
     return parts
 
 
+def split_table(config: Config, table: Table, targets: np.ndarray,
+                images: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """Positions of the usable rows to train and to validate on; and each row's part, for which images are needed."""
+    parts = divide_rows(config, table, targets, images) if parts_of(config) else None
+    chosen = split_rows(targets, config) if parts is None else part_rows(parts, config.fold or 0)
+    train_rows, val_rows = (np.setdiff1d(rows, table.bad) for rows in chosen)
+    return train_rows, val_rows, parts
+
+
 def part_rows(parts: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the training and of the validation rows where this part is the one to validate on."""
     return np.flatnonzero((parts != part) & (parts >= 0)), np.flatnonzero(parts == part)
 
 
-def row_groups(table: Table, images: np.ndarray, column: str) -> np.ndarray:
-    """Numbers of the groups that rows belong to [N]: those of equal pixels, or of equal value in the column, share one.
+def join_groups(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
+    """Numbers of the groups that rows belong to [N]: those of an equal value, or of equal pixels, share one.
 
     So do two rows that others connect: images in common to two writers make one group of both.
     """
-    pixels = pd.factorize(pd.Series(fingerprints(images)))[0]
-    if not column:
-        return pixels
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    values = pd.factorize(table.rows[column])[0] + len(table)  # nodes: 0 to N-1 the pictures, then the values
-    edges = coo_array((np.ones(len(table)), (pixels, values)), shape=(2 * len(table),) * 2)
-    return connected_components(edges, directed=False)[1][pixels]
+    groups, joined = None, pixels
+    while not np.array_equal(groups, joined):  # the smallest number goes on to all rows of the same value or pixels
+        groups = joined
+        joined = pd.Series(groups).groupby(values).transform("min").groupby(pixels).transform("min").to_numpy()
+    return groups
 
 
 def deal_parts(targets: np.ndarray, groups: np.ndarray, parts: int, seed: int) -> np.ndarray:
@@ -1192,11 +1203,11 @@ def describe_repeats(table: Table) -> str:
     """How many rows name an image that an earlier row names, and how many of those disagree with it; empty if none."""
     if "image_path" not in table.rows:
         return ""
-    paths, labels = table.rows.image_path, table.rows.groupby("image_path").label
-    repeated, torn = paths.duplicated(), paths[paths.duplicated(keep=False)]
-    torn = torn[torn.map(labels.nunique()) > 1] if len(torn) else torn
+    paths = table.rows.image_path
+    repeated = paths.duplicated()
     if not repeated.any():
         return ""
+    torn = paths[table.rows.groupby("image_path").label.transform("nunique") > 1]
     text = f"; {repeated.sum():,} rows name an image that stands in the table already"
     if len(torn):
         text += (f", {torn.nunique():,} images have several labels (the first: rows "
@@ -1636,9 +1647,8 @@ def erase(ink: Tensor, config: Config, draws: Draws) -> Tensor:
         return ink
     chosen, *numbers = draws.uniform(len(ink), 0, 1, 5, 1).unbind(1)
     line = torch.linspace(0, 1, ink.shape[-1], device=ink.device)
-    inside = []
-    for middle, extent in (numbers[:2], numbers[2:]):
-        inside.append((line - middle).abs() <= extent * config.erasing_size / 2)
+    inside = [(line - middle).abs() <= extent * config.erasing_size / 2
+              for middle, extent in (numbers[:2], numbers[2:])]
     hole = inside[0][:, :, None] & inside[1][:, None, :] & (chosen < config.erasing)[:, :, None]
     return ink.masked_fill(hole[:, None], 0)
 
@@ -1814,11 +1824,8 @@ def torchvision_models() -> list[str]:
     return torchvision.models.list_models(module=torchvision.models)
 
 
-def torchvision_model(name: str, num_classes: int, dropout: float, image_size: int, weights: dict | None) -> nn.Module:
-    """torchvision's network for images of one channel: all but its last layer, then a new last layer.
-
-    `weights` are a state dict of the network as torchvision has it; those of the three colours are added up.
-    """
+def torchvision_network(name: str, image_size: int, weights: dict | None) -> nn.Module:
+    """torchvision's own network, of three colours and 1,000 classes; with a state dict's weights if there is one."""
     import torchvision
 
     options = {"image_size": image_size} if name.startswith("vit_") else {}
@@ -1834,15 +1841,24 @@ def torchvision_model(name: str, num_classes: int, dropout: float, image_size: i
         network.aux_logits = False
         for branch in {"aux1", "aux2", "AuxLogits"} & dict(network.named_children()).keys():
             setattr(network, branch, None)
-    places = {kind: [place for place, layer in network.named_modules() if isinstance(layer, kind)]
-              for kind in (nn.Conv2d, nn.Linear)}
-    last = [place for place in places[nn.Linear] if network.get_submodule(place).out_features == 1000]
-    if not last or not places[nn.Conv2d]:
-        raise UsageError(f"--model torchvision:{name} has no last linear layer to be replaced; take another")
-    colours, old = network.get_submodule(places[nn.Conv2d][0]), network.get_submodule(last[-1])
+    return network
+
+
+def torchvision_model(config: Config, num_classes: int, weights: dict | None = None) -> nn.Module:
+    """torchvision's network for images of one channel: all but its last layer, then a new last layer.
+
+    `weights` are a state dict of the network as torchvision has it; those of the three colours are added up.
+    """
+    network = torchvision_network(config.model.removeprefix("torchvision:"), config.image_size, weights)
+    layers = list(network.named_modules())
+    colours = next((layer for _, layer in layers if isinstance(layer, nn.Conv2d)), None)
+    last = next((place for place, layer in reversed(layers)
+                 if isinstance(layer, nn.Linear) and layer.out_features == 1000), None)
+    if colours is None or last is None:
+        raise UsageError(f"--model {config.model} has no last linear layer to be replaced; take another")
     colours.in_channels, colours.weight = 1, nn.Parameter(colours.weight.detach().sum(dim=1, keepdim=True))
-    network.set_submodule(last[-1], nn.Identity())
-    head = nn.Sequential(nn.Dropout(dropout), nn.Linear(old.in_features, num_classes))
+    head = nn.Sequential(nn.Dropout(config.dropout), nn.Linear(network.get_submodule(last).in_features, num_classes))
+    network.set_submodule(last, nn.Identity())
     return nn.Sequential(OrderedDict(body=network, head=head))
 
 
@@ -1854,8 +1870,7 @@ def build_model(config: Config, num_classes: int) -> nn.Module:
             inputs = {"inputs": config.image_size**2} if config.model == "mlp" else {}
             model = MODELS[config.model](num_classes, config.dropout, **inputs)
         else:
-            name = config.model.removeprefix("torchvision:")
-            model = torchvision_model(name, num_classes, config.dropout, config.image_size, None)
+            model = torchvision_model(config, num_classes)
     if config.normalize == "none":
         return model
     side = config.image_size if config.normalize == "min-max" else 1
@@ -1897,9 +1912,8 @@ def cutmix_data(images: Tensor, targets: Tensor, alpha: float, seed: int) -> tup
     """
     draws, side = np.random.default_rng(seed), images.shape[-1]
     extent = side * math.sqrt(1 - draws.beta(alpha, alpha))
-    (top, left), inside = draws.uniform(0, side, 2), torch.zeros_like(images[:1], dtype=torch.bool)
-    low, high = (np.clip(np.round([top + sign * extent / 2, left + sign * extent / 2]), 0, side).astype(int)
-                 for sign in (-1, 1))
+    centre, inside = draws.uniform(0, side, 2), torch.zeros_like(images[:1], dtype=torch.bool)
+    low, high = (np.clip(np.round(centre + sign * extent / 2), 0, side).astype(int) for sign in (-1, 1))
     inside[..., low[0]:high[0], low[1]:high[1]] = True
     share = 1 - float(np.prod(high - low)) / side**2
     return images.roll(1, 0).where(inside, images), torch.lerp(targets.roll(1, 0), targets, share)
@@ -1981,20 +1995,6 @@ def read_content(path: str | Path) -> dict:
     return content
 
 
-def save_checkpoint(path: Path, model: nn.Module, config: Config, classes: list[str], statistics: ImageStatistics,
-                    metrics: dict) -> None:
-    """Write all that prediction needs: plain weights, settings, classes, how images are prepared, and the memory."""
-    network = model.network if isinstance(model, NeighbourVote) else model
-    memory = model.named_buffers(recurse=False) if isinstance(model, NeighbourVote) else ()
-    content = {
-        "model": {name: value.detach().cpu() for name, value in network.state_dict().items()},
-        "memory": {name: value.cpu() for name, value in memory},
-        "config": dataclasses.asdict(config), "classes": classes,
-        "image_statistics": dataclasses.asdict(statistics), "metrics": metrics, "versions": versions(),
-    }
-    write_content(path, content)
-
-
 @dataclass(frozen=True)
 class Trained:
     """A network with what it needs to be used."""
@@ -2010,6 +2010,16 @@ class Trained:
         """The same without the training images that vote beside the network."""
         model = self.model.network if isinstance(self.model, NeighbourVote) else self.model
         return dataclasses.replace(self, model=model)
+
+
+def save_checkpoint(path: Path, trained: Trained) -> None:
+    """Write all that prediction needs: plain weights, settings, classes, how images are prepared, and the memory."""
+    memory = trained.model.named_buffers(recurse=False) if isinstance(trained.model, NeighbourVote) else ()
+    write_content(path, {
+        "model": {name: value.detach().cpu() for name, value in trained.alone.model.state_dict().items()},
+        "memory": {name: value.cpu() for name, value in memory},
+        "config": dataclasses.asdict(trained.config), "classes": trained.classes,
+        "image_statistics": dataclasses.asdict(trained.statistics), "metrics": trained.metrics, "versions": versions()})
 
 
 def load_checkpoint(path: Path) -> Trained:
@@ -2036,11 +2046,11 @@ def read_weights(config: Config, classes: list[str]) -> dict[str, Tensor]:
 
     Without the last layer where the classes are others, and without normalisation, which is measured.
     """
-    name = config.model.removeprefix("torchvision:")
     if config.weights == "torchvision":
         import torchvision
 
-        state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+        weights = torchvision.models.get_model_weights(config.model.removeprefix("torchvision:")).DEFAULT
+        state = weights.get_state_dict(progress=False, check_hash=True)
     else:
         state = read_data(config.weights)
     if "classes" in state:  # a checkpoint of ours
@@ -2049,8 +2059,8 @@ def read_weights(config: Config, classes: list[str]) -> dict[str, Tensor]:
         return {key: value for key, value in state["model"].items() if not key.startswith(left_out)}
     if config.model in MODELS:
         raise ValueError("it is no checkpoint of script.py")
-    network = torchvision_model(name, len(classes), config.dropout, config.image_size, state)
-    return {key: value for key, value in network.state_dict().items() if key.startswith("body.")}
+    state = torchvision_model(config, len(classes), state).state_dict()
+    return {key: value for key, value in state.items() if key.startswith("body.")}
 
 
 def load_weights(model: nn.Module, config: Config, classes: list[str]) -> None:
@@ -2645,9 +2655,9 @@ def steps_in_epoch(rows: np.ndarray, config: Config) -> int:
 
 
 def accumulation_shares(steps: int, accumulate: int) -> list[tuple[float, bool]]:
-    """What each step's gradient counts in its group's mean, and whether it is the group's last; the rest is a group."""
-    ends = [min(start + accumulate, steps) for start in range(0, steps, accumulate) for _ in range(accumulate)][:steps]
-    return [(1 / (end - step // accumulate * accumulate), step == end - 1) for step, end in enumerate(ends)]
+    """What each step's gradient counts in its group's mean, and whether it ends the group; the last may be smaller."""
+    sizes = [min(accumulate, steps - step // accumulate * accumulate) for step in range(steps)]  # of each step's group
+    return [(1 / size, step % accumulate == size - 1) for step, size in enumerate(sizes)]
 
 
 class Setback(Exception):
@@ -2797,7 +2807,7 @@ def close_epoch(learner: Learner, data: TrainingData, progress: Progress, pace: 
         learner.plateau.step(row["val_accuracy"])
     better, writes = progress.best is None or is_better(row, progress.best, config), learner.runtime.ranks.rank == 0
     if better and writes:
-        save_checkpoint(folder / config.model_file, learner.result, config, data.classes, data.statistics, row)
+        save_checkpoint(folder / config.model_file, Trained(learner.result, config, data.classes, data.statistics, row))
     progress.turn_over(row, better, faults)
     if writes:
         with whole_file(folder / "history.csv") as temporary:
@@ -2926,12 +2936,11 @@ def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> Neighbou
     return runtime.place(NeighbourVote(trained.model, config, projection, keys, targets))
 
 
-def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], runtime: Runtime,
-                     rows: np.ndarray | None = None) -> np.ndarray:
+def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], runtime: Runtime) -> np.ndarray:
     """The members' mean probabilities, float32 [rows, classes], classes in the first member's order.
 
-    Each member has its own dataset of the same table; without `rows` all of it is meant. Raises DataError where their
-    classes differ. `ensemble_of_files` never has more than one network in memory, and may weigh them.
+    Each member has its own dataset of the same table. Raises DataError where their classes differ. `ensemble_of_files`
+    never has more than one network in memory, and may weigh them.
     """
     classes, total = members[0].classes, 0
     for member, dataset in zip(members, datasets):
@@ -2939,8 +2948,8 @@ def ensemble_predict(members: list[Trained], datasets: list[MathSymbolDataset], 
         if differing:
             raise DataError(f"the checkpoints know different classes ({', '.join(sorted(differing)[:5])}); "
                             "average networks that were trained on the same ones")
-        wanted = np.arange(len(dataset)) if rows is None else rows
-        probabilities = predict(runtime.place(member.model), dataset, wanted, member.config, runtime)
+        rows = np.arange(len(dataset))
+        probabilities = predict(runtime.place(member.model), dataset, rows, member.config, runtime)
         total = total + probabilities[:, [member.classes.index(label) for label in classes]]
     return total / len(members)
 
@@ -3138,11 +3147,9 @@ def held_out(trained: Trained | Member, config: Config, table: Table) -> np.ndar
 
     The config says where the images lie.
     """
-    targets = pd.Categorical(table.rows.label, categories=trained.classes).codes.astype(np.int64)
-    if not parts_of(trained.config):
-        return np.setdiff1d(split_rows(targets, trained.config)[1], table.bad)
-    images = load_all_images([table], config, trained.statistics)[0]
-    return part_rows(divide_rows(trained.config, table, targets, images), trained.config.fold or 0)[1]
+    targets = class_numbers(table.rows.label, trained.classes)
+    images = load_all_images([table], config, trained.statistics)[0] if parts_of(trained.config) else None
+    return split_table(trained.config, table, targets, images)[1]
 
 
 def prepare_rows(table: Table, rows: np.ndarray, config: Config, statistics: ImageStatistics,
@@ -3150,14 +3157,6 @@ def prepare_rows(table: Table, rows: np.ndarray, config: Config, statistics: Ima
     """These rows of a table as a dataset, its images prepared by the statistics."""
     images = load_all_images([table], config, statistics)[0]
     return MathSymbolDataset(images if len(rows) == len(images) else images[rows], None, runtime, config.pin_memory)
-
-
-def member_datasets(members: list[Trained], table: Table, rows: np.ndarray, config: Config,
-                    runtime: Runtime) -> list[MathSymbolDataset]:
-    """These rows of a table as each member's dataset, its images prepared in the member's way."""
-    datasets = {statistics: prepare_rows(table, rows, config, statistics, runtime)
-                for statistics in {member.statistics for member in members}}
-    return [datasets[member.statistics] for member in members]
 
 
 def validation_question(members: list[Trained] | list[Member], config: Config,
@@ -3189,15 +3188,8 @@ def validation_question(members: list[Trained] | list[Member], config: Config,
                         "different images equal each other; score them one by one")
     if not len(rows):
         raise DataError("the checkpoint was trained on every row (--train-val-split 1): none is left to validate on")
-    targets = pd.Categorical(table.rows.label, categories=classes).codes.astype(np.int64)
+    targets = class_numbers(table.rows.label, classes)
     return Question(table, rows, config, runtime), targets[rows]
-
-
-def validation_datasets(members: list[Trained], config: Config,
-                        runtime: Runtime) -> tuple[list[MathSymbolDataset], np.ndarray]:
-    """The rows of validation_question as each member's dataset, and their class numbers [rows]; its errors."""
-    question, targets = validation_question(members, config, runtime)
-    return member_datasets(members, question.table, question.rows, question.config, runtime), targets
 
 
 def answer_for_bad_images(table: Table, probabilities: np.ndarray, classes: list[str]) -> None:
@@ -3248,10 +3240,10 @@ class Judged:
         return self.dataset.batch(self.rows[places])[0][:, 0].cpu().numpy()
 
 
-def judge(members: list[Trained], datasets: list[MathSymbolDataset], rows: np.ndarray, targets: np.ndarray,
-          runtime: Runtime) -> Judged:
-    """What the members' mean says of these rows, which each one's dataset holds; `targets` are those of all rows."""
-    return Judged(datasets[0], rows, targets[rows], ensemble_predict(members, datasets, runtime, rows))
+def judge(trained: Trained, data: TrainingData, runtime: Runtime) -> Judged:
+    """What a network says of the validation rows."""
+    probabilities = predict(runtime.place(trained.model), data.dataset, data.val_rows, trained.config, runtime)
+    return Judged(data.dataset, data.val_rows, data.targets[data.val_rows], probabilities)
 
 
 def write_probabilities(path: Path, judged: Judged, classes: list[str], **more: np.ndarray) -> None:
@@ -3545,7 +3537,7 @@ def add_extra_rows(data: TrainingData, table: Table, config: Config, runtime: Ru
         warn(f"{table.path}: its images have another paper than the training table's "
              f"({'black on white' if data.statistics.paper else 'white on black'}), and are read as if they had the "
              "same; invert them")
-    targets = pd.Categorical(table.rows.label, categories=data.classes).codes.astype(np.int64)
+    targets = class_numbers(table.rows.label, data.classes)
     count, targets = len(data.targets), np.concatenate([data.targets, targets])
     weights = torch.ones(len(targets), device=runtime.device)
     weights[count:] = config.extra_weight
@@ -3602,26 +3594,23 @@ def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingD
     """The complete config, the training data, the test table and its images."""
     (train_table, *extra_tables), test_table = labelled_tables(config), read_test_table(config)
     classes = sort_classes(pd.concat([table.rows.label for table in (train_table, *extra_tables)]))
-    targets = pd.Categorical(train_table.rows.label, categories=classes).codes.astype(np.int64)
+    targets = class_numbers(train_table.rows.label, classes)
     check_sample_submission(config, test_table, classes)
     print(describe_classes(classes, targets, parts_of(config)) + describe_repeats(train_table))
-    parts, (train_rows, val_rows) = None, split_rows(targets, config)
+    train_rows, val_rows = split_rows(targets, config)
     if not parts_of(config):
         check_validation(config, val_rows)
     # All folds get as many epochs, though their rows, which the images decide, may be one more or less.
     count = len(targets) - len(targets) // parts_of(config) if parts_of(config) else len(train_rows)
     asked, config = config.model, complete_config(config, runtime, count + sum(map(len, extra_tables)))
-    summary = summarize_model(build_model(config, len(classes)), config)  # before all else: their size may not suit it
+    summary = summarize_model(build_model(config, len(classes)), config)  # before decoding: it refuses an unfit size
     statistics = look_at_images(train_table, config)
     train_images, test_images = load_all_images([train_table, test_table], config, statistics)
-    dataset = MathSymbolDataset(train_images, targets, runtime, config.pin_memory)
-    if parts_of(config):
-        parts = divide_rows(config, train_table, targets, train_images)
-        train_rows, val_rows = part_rows(parts, config.fold or 0)
-    train_rows, val_rows = (np.setdiff1d(rows, train_table.bad) for rows in (train_rows, val_rows))
+    train_rows, val_rows, parts = split_table(config, train_table, targets, train_images)
     check_validation(config, val_rows)  # once more, without those of no usable image
     if len(train_rows) < 2:
         raise DataError(f"{train_table.path}: fewer than two rows have an image that can be used")
+    dataset = MathSymbolDataset(train_images, targets, runtime, config.pin_memory)
     print(f"{len(train_rows):,} rows to train on, {len(val_rows):,} to validate on"
           f"{f' in fold {config.fold or 0}' if config.folds else ''}, {len(test_table):,} to predict; "
           f"{'black on white' if statistics.paper else 'white on black'}, stored at {statistics.size} pixels\n"
@@ -3708,12 +3697,12 @@ def finish_network(config: Config, data: TrainingData, runtime: Runtime) -> tupl
     best = runtime.ranks.ask_first(lambda: load_checkpoint(path)).alone  # a process before this one may have come here
     if config.neighbours:
         best = dataclasses.replace(best, model=remember(best, data, runtime))
-    judged = judge([best], [data.dataset], data.val_rows, data.targets, runtime) if len(data.val_rows) else None
+    judged = judge(best, data, runtime) if len(data.val_rows) else None
     if config.neighbours:
         figures = score(judged.probabilities, judged.targets) if judged else {}
-        best = dataclasses.replace(best, metrics={**best.metrics, **figures})
+        best = dataclasses.replace(best, config=config, metrics={**best.metrics, **figures})
         if runtime.ranks.rank == 0:
-            save_checkpoint(path, best.model, config, data.classes, data.statistics, best.metrics)
+            save_checkpoint(path, best)
     return best, judged
 
 
@@ -3894,7 +3883,7 @@ def evaluate_command(config: Config, checkpoints: list[str], started: float) -> 
     if len(unknown):
         raise DataError(f"{table.path}, row {unknown[0]}: label {table.rows.label[unknown[0]]!r} is none of the "
                         f"{len(classes)} classes that the checkpoint knows; remove the row or name another table")
-    targets = pd.Categorical(table.rows.label, categories=classes).codes.astype(np.int64)
+    targets = class_numbers(table.rows.label, classes)
     question = Question(table, np.arange(len(table)), config, runtime)
     dataset = question.dataset(members[0].statistics)  # which tells what cannot be used, and is drawn
     rows = np.setdiff1d(np.arange(len(table)), table.bad)

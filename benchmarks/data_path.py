@@ -4,7 +4,7 @@
 
 Decoding starts with an empty cache folder each round (the files themselves are warm in the system's cache after the
 first); the cache is then opened with every file's size and times checked. Augmentation makes batches of --batch-size
-from 32 to 48 pixels with every change switched on.
+from 32 to 48 pixels, by default and with perspective, brightness, contrast and erasing switched on too.
 """
 
 import argparse

@@ -18,7 +18,6 @@ import sys
 import time
 
 import numpy as np
-import pandas as pd
 
 import script
 from benchmarks.memory import resident_gb
@@ -36,7 +35,7 @@ def measure(config: script.Config, size: int, steps: int) -> str:
     images = np.ascontiguousarray(images[repeated])
     started = time.perf_counter()
     classes = script.sort_classes(labels)
-    targets = pd.Categorical(labels, categories=classes).codes.astype(np.int64)
+    targets = script.class_numbers(labels, classes)
     train_rows, _ = script.split_rows(targets, config)
     config = script.complete_config(config, runtime, len(train_rows))
     dataset = script.MathSymbolDataset(images, targets, runtime)

@@ -20,9 +20,7 @@ COUNTS, SHARES = (10, 30, 100), (0.1, 0.2, 0.35)
 
 def main() -> None:
     given = arguments.of_checkpoints(__doc__)
-    trained = script.load_checkpoint(given.checkpoint)
-    if isinstance(trained.model, script.NeighbourVote):
-        trained = dataclasses.replace(trained, model=trained.model.network)
+    trained = script.load_checkpoint(given.checkpoint).alone
     config = dataclasses.replace(trained.config, data_dir=given.data_dir, cache_dir=given.cache_dir,
                                  neighbours=max(COUNTS))
     runtime = script.start_runtime(config)

@@ -19,10 +19,11 @@ def main() -> None:
     trained = script.load_checkpoint(given.checkpoint)
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
     runtime = script.start_runtime(config)
-    datasets, targets = script.validation_datasets([trained], config, runtime)
+    question, targets = script.validation_question([trained], config, runtime)
+    dataset = question.dataset(trained.statistics)
     for share in SHARES:
         softer = dataclasses.replace(trained, config=dataclasses.replace(trained.config, soften=share))
-        figures = script.score(script.ensemble_predict([softer], datasets, runtime), targets)
+        figures = script.score(script.ensemble_predict([softer], [dataset], runtime), targets)
         print(f"soften {share:<6} loss {figures['val_loss']:.4f}  accuracy {figures['val_accuracy']:.2%}  "
               f"top 3 {figures['val_top3_accuracy']:.2%}  per class {figures['val_class_accuracy']:.2%}", flush=True)
 

@@ -21,7 +21,8 @@ def main() -> None:
     trained = script.load_checkpoint(given.checkpoint)
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
     runtime = script.start_runtime(config)
-    [dataset], targets = script.validation_datasets([trained], config, runtime)
+    question, targets = script.validation_question([trained], config, runtime)
+    dataset = question.dataset(trained.statistics)
     views = script.ask_views(runtime.place(trained.model), dataset, np.arange(len(targets)),
                              dataclasses.replace(trained.config, views=MOST), runtime)
     total = 0

@@ -88,7 +88,8 @@ def test_the_files_mean_is_that_of_the_networks(trained, call):
     members = [script.load_checkpoint(path) for path in files]
     config = Config(data_dir=str(command.data), cache_dir=str(command.cache))
     table = script.read_test_table(config)
-    datasets = script.member_datasets(members, table, np.arange(30), config, CPU)
+    question = script.Question(table, np.arange(30), config, CPU)
+    datasets = [question.dataset(member.statistics) for member in members]
     assert len(datasets[0].images[0, 0]) == 16 and len(datasets[1].images[0, 0]) == 12
     expected = script.ensemble_predict(members, datasets, CPU)
     assert np.allclose(probabilities(call, *files), expected, atol=1e-6)

@@ -38,8 +38,8 @@ def test_the_map_is_brightest_where_the_ink_is():
 @pytest.mark.parametrize("model", ["cnn", "resnet", "tiny", "torchvision:resnet18"])
 def test_every_convolutional_network_can_be_explained(tmp_path, model):
     config = Config(model=model, image_size=32, dropout=0.0)
-    script.save_checkpoint(tmp_path / "model.pth", script.build_model(config, 5), config, list("abcde"),
-                           script.ImageStatistics(255, 32), {"epoch": 1})
+    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
+        script.build_model(config, 5), config, list("abcde"), script.ImageStatistics(255, 32), {"epoch": 1}))
     paths = [tmp_path / f"{kind}.png" for kind in range(2)]
     for kind, path in enumerate(paths):
         draw_shape(kind, np.random.default_rng(0)).save(path)
@@ -52,8 +52,8 @@ def test_every_convolutional_network_can_be_explained(tmp_path, model):
 
 def test_what_cannot_be_explained_is_one_line(tmp_path, capsys):
     config = Config(model="mlp", image_size=32, dropout=0.0)
-    script.save_checkpoint(tmp_path / "model.pth", script.build_model(config, 5), config, list("abcde"),
-                           script.ImageStatistics(255, 32), {"epoch": 1})
+    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
+        script.build_model(config, 5), config, list("abcde"), script.ImageStatistics(255, 32), {"epoch": 1}))
     draw_shape(0, np.random.default_rng(0)).save(tmp_path / "a.png")
     common = ["--checkpoint", str(tmp_path / "model.pth"), "--output-dir", str(tmp_path)]
     assert explain.main([str(tmp_path / "a.png"), *common]) == 2

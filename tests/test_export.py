@@ -60,8 +60,8 @@ def test_integers_answer_nearly_alike(tmp_path, capsys):
 
 def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
     config = script.Config(model="tiny", image_size=16, dropout=0.0)
-    script.save_checkpoint(tmp_path / "model.pth", script.build_model(config, 3), config, list("abc"),
-                           script.ImageStatistics(255, 16), {"epoch": 1})
+    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
+        script.build_model(config, 3), config, list("abc"), script.ImageStatistics(255, 16), {"epoch": 1}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert export.main([str(tmp_path / "model.pth"), "--output-dir", str(tmp_path / "onnx")]) == 2
     assert capsys.readouterr().err == ("error: exporting needs packages that are not installed: pip install onnx "

@@ -96,6 +96,13 @@ def test_extra_rows_are_trained_on_in_every_fold(prepared, competition):
     assert sum(8 in script.fold_data(data, fold).val_rows for fold in range(4)) == 1
 
 
+def test_an_extra_table_needs_no_group_column(prepared, competition):
+    table = pd.read_csv(competition / "train.csv", dtype=str)
+    table.assign(writer=[f"w{row // 4}" for row in range(len(table))]).to_csv(competition / "train.csv", index=False)
+    write_extra(competition, CLASSES)
+    assert prepared(group_column="writer", **EXTRA)[1].extra == len(CLASSES)
+
+
 def test_weights_stand_by_the_rows(prepared, competition):
     write_extra(competition, CLASSES)
     data = prepared(**EXTRA, extra_weight=0.25)[1]

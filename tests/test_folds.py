@@ -48,12 +48,24 @@ def test_groups_stay_whole_and_classes_even_where_groups_allow():
 
 
 def test_equal_images_and_groups_connect_rows():
-    images = np.zeros((6, 1, 4, 4), dtype=np.uint8)
-    images[:, 0, 0, 0] = [1, 2, 3, 3, 4, 5]
-    table = Table("train.csv", pd.DataFrame({"label": list("ababab"), "writer": ["p", "p", "q", "r", "r", "s"]}))
-    assert script.row_groups(table, images, "").tolist() == [0, 1, 2, 2, 3, 4]
-    groups = script.row_groups(table, images, "writer")  # one image connects q with r
+    writers, pixels = np.array(list("ppqrrs"), dtype=object), np.array([0, 1, 2, 2, 3, 4])
+    assert script.join_groups(pixels, pixels).tolist() == pixels.tolist()
+    groups = script.join_groups(writers, pixels)  # one image connects q with r
     assert [np.flatnonzero(groups == group).tolist() for group in pd.unique(groups)] == [[0, 1], [2, 3, 4], [5]]
+    chain = np.arange(60)  # each writer drew one image that the next one drew too
+    assert len(set(script.join_groups(chain[::-1] // 2, (chain + 1) // 2).tolist())) == 1
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_are_the_connected_components(seed):
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    rng = np.random.default_rng(seed)
+    values, pixels = rng.integers(0, 30, 80), rng.integers(0, 60, 80)
+    edges = coo_array((np.ones(80), (pixels, 60 + values)), shape=(90, 90))
+    expected = connected_components(edges, directed=False)[1][pixels]
+    assert np.array_equal(pd.factorize(script.join_groups(values, pixels))[0], pd.factorize(expected)[0])
 
 
 def test_rows_without_a_usable_image_are_in_no_part_and_connect_nothing():
@@ -66,6 +78,12 @@ def test_rows_without_a_usable_image_are_in_no_part_and_connect_nothing():
     assert sorted([*train, *val]) == [0, 1, 2, 5, 6, 7, 8]
     with pytest.raises(DataError, match=r"train.csv: 7 groups of rows .* too few for 8 parts; lower --folds"):
         script.divide_rows(Config(folds=8), table, np.zeros(9, dtype=np.int64), images)
+    table.rows["writer"] = list("pppqqqrrr")  # one each of p's and q's is blank: they have nothing in common
+    table.faults.clear()
+    table.faults.update({2: "empty", 3: "empty"})
+    images[[2, 3]] = 0
+    parts = script.divide_rows(Config(folds=3, group_column="writer"), table, np.zeros(9, dtype=np.int64), images)
+    assert [len(set(parts[rows])) for rows in ([0, 1], [4, 5], [6, 7, 8])] == [1, 1, 1] and len(set(parts)) == 4
 
 
 def make_written_competition(folder: Path) -> Path:
@@ -249,13 +267,14 @@ def test_a_folds_checkpoint_knows_its_validation_rows(folded):
     runtime = script.start_runtime(config)
     members = [script.load_checkpoint(folded.output / f"fold{fold}" / "best_model.pth") for fold in range(3)]
     for fold, member in enumerate(members):
-        datasets, targets = script.validation_datasets([member], config, runtime)
+        question, targets = script.validation_question([member], config, runtime)
+        datasets = [question.dataset(member.statistics)]
         kept = np.load(folded.output / f"fold{fold}" / "val_probabilities.npz")
         assert np.array_equal(kept["targets"], targets)
         assert np.allclose(kept["probabilities"], script.ensemble_predict([member], datasets, runtime), atol=1e-6)
     with pytest.raises(DataError, match=r"split in different ways \(--split-seed 42 --folds 3 --fold 0 --group-column "
                                         r"writer; --split-seed 42 --folds 3 --fold 1 .*score them one by one"):
-        script.validation_datasets(members[:2], config, runtime)
+        script.validation_question(members[:2], config, runtime)
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def test_a_network_remembers_its_training_images_and_so_does_its_checkpoint(tmp_
     taught = dataclasses.replace(alone, model=script.remember(alone, data, CPU))
     probabilities = script.ensemble_predict([taught], [data.dataset], CPU)
     assert (probabilities[:15].argmax(axis=1) == targets[:15]).all() and np.allclose(probabilities.sum(axis=1), 1)
-    script.save_checkpoint(tmp_path / "a.pth", taught.model, config, data.classes, data.statistics, taught.metrics)
+    script.save_checkpoint(tmp_path / "a.pth", taught)
     content = torch.load(tmp_path / "a.pth", weights_only=True)
     assert content["model"].keys() == alone.model.state_dict().keys()
     loaded = script.load_checkpoint(tmp_path / "a.pth")

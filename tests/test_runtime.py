@@ -1,7 +1,9 @@
 """Room 2: device, precision, and files that appear only when they are whole."""
 
+import ast
 import itertools
 import os
+import re
 import subprocess
 import sys
 
@@ -22,6 +24,16 @@ def test_importing_has_no_side_effect(tmp_path):
                           env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert os.listdir(tmp_path) == []
+
+
+def test_every_import_is_of_a_package_that_requirements_name():
+    """What a fresh environment lacks would fail only where it is used: imports inside functions count too."""
+    nodes = [node for node in ast.walk(ast.parse((REPOSITORY / "script.py").read_text()))
+             if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {name.split(".")[0] for node in nodes
+             for name in ([alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module])}
+    required = set(re.findall(r"^[\w-]+", (REPOSITORY / "requirements.txt").read_text(), re.MULTILINE))
+    assert names - sys.stdlib_module_names == required - {"pillow"} | {"PIL"}
 
 
 def test_a_device_that_does_not_compute_is_refused():

@@ -546,7 +546,7 @@ def checkpoint(tmp_path, **content):
     path = tmp_path / "model.pth"
     config = SMALL
     model = script.build_model(config, 3)
-    script.save_checkpoint(path, model, config, ["1", "2", "NA"], ImageStatistics(0, 8), {"epoch": 1})
+    script.save_checkpoint(path, script.Trained(model, config, ["1", "2", "NA"], ImageStatistics(0, 8), {"epoch": 1}))
     script.write_content(path, {**script.read_content(path), **content})
     return path, model
 

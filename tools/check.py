@@ -8,21 +8,20 @@ anything on them; classes too small to be validated; and what gives the label aw
 each column beside the label, the number in the file's name, its folder and the row's place are each asked alone: the
 label of the most similar other rows (3 nearest, in five folds) is its answer. Where that is right much more often than
 always naming the commonest class, a network must not see it, and rows may have to be grouped before they are split.
-(A file's size is not asked: it follows from the picture.)
+(A file's size is not asked: it follows from the picture.) Needs the package scikit-learn.
 
 Writes same_images.csv, a line for each image that another equals. The exit status is 1 where images cannot be used.
 """
 
 import argparse
 import dataclasses
+import importlib.util
 import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.neighbors import KNeighborsClassifier
 
 import script
 
@@ -105,6 +104,9 @@ def clues(table: script.Table) -> pd.DataFrame:
 
 def describe_clues(found: pd.DataFrame, labels: pd.Series) -> list[str]:
     """A line for each clue that answers more rows than the commonest class does."""
+    from sklearn.model_selection import KFold, cross_val_predict
+    from sklearn.neighbors import KNeighborsClassifier
+
     targets, lines = labels.factorize()[0], []
     chance = np.bincount(targets).max() / len(targets)
     folds = KFold(min(5, len(targets)), shuffle=True, random_state=0)
@@ -122,13 +124,15 @@ def describe_clues(found: pd.DataFrame, labels: pd.Series) -> list[str]:
 
 def check(given: argparse.Namespace) -> int:
     """Print all findings; gives how many images cannot be used."""
+    if not importlib.util.find_spec("sklearn"):
+        raise script.UsageError("the check needs a package that is not installed: pip install scikit-learn")
     given.output_dir.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(given, name) for name in ("data_dir", "train_csv", "test_csv", "root_dir", "cache_dir")}
     config = script.Config(**settings, on_bad_image="skip", image_size=given.image_size)
     tables = [("train", script.read_train_table(config)), ("test", script.read_test_table(config))]
     train = tables[0][1]
     classes = script.sort_classes(train.rows.label)
-    targets = pd.Categorical(train.rows.label, categories=classes).codes.astype(np.int64)
+    targets = script.class_numbers(train.rows.label, classes)
     script.check_sample_submission(config, tables[1][1], classes)
     statistics = script.look_at_images(train, config)
     images = script.load_all_images([table for _, table in tables], config, statistics)

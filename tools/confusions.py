@@ -103,13 +103,10 @@ def describe_groups(found: list[tuple[np.ndarray, int]], counts: np.ndarray, nam
 def plot_groups(path: Path, found: list[tuple[np.ndarray, int]], counts: np.ndarray, names: list[str],
                 images: np.ndarray, targets: np.ndarray) -> None:
     """A row for each group, most errors first: each class's symbol, how many of its rows are right, and examples."""
-    from matplotlib.figure import Figure
-
     found = found[:PICTURED_GROUPS]
     columns = min(PICTURED_CLASSES, max(len(members) for members, _ in found))
-    figure = Figure(figsize=(2.4 * columns + 1, 1.2 * len(found) + 0.6), layout="constrained")
-    axes = figure.subplots(len(found), columns, squeeze=False)
-    for row, (members, inside) in zip(axes, found):
+    figure, axes = script.new_figure(2.4 * columns + 1, 1.2 * len(found) + 0.6, columns, len(found))
+    for row, (members, inside) in zip(axes.reshape(-1, columns), found):
         for axis in row:
             axis.set_axis_off()
         for axis, number in zip(row, members):

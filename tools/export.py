@@ -143,7 +143,8 @@ def write_int8(trained: script.Trained, content: bytes, given: argparse.Namespac
     """Write model.int8.onnx; gives what it and the exact one are worth on validation rows."""
     need("onnxruntime")
     config = script.Config(data_dir=str(given.data_dir), cache_dir=given.cache_dir, device="cpu")
-    [dataset], targets = script.validation_datasets([trained], config, script.start_runtime(config))
+    question, targets = script.validation_question([trained], config, script.start_runtime(config))
+    dataset = question.dataset(trained.statistics)
     order = np.random.default_rng(0).permutation(len(targets))
     seen, scored = np.split(order, [min(CALIBRATION, len(order) // 2)])
     if not len(seen):

@@ -136,9 +136,10 @@ def report(given: argparse.Namespace) -> None:
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir, output_dir=given.output_dir)
     folder, runtime = script.output_folder(config), script.start_runtime(config)
     members = [script.load_checkpoint(path) for path in given.checkpoints]
-    datasets, targets = script.validation_datasets(members, config, runtime)
+    question, targets = script.validation_question(members, config, runtime)
     rows = np.random.default_rng(0).permutation(len(targets))[: given.rows]
-    datasets = [script.MathSymbolDataset(dataset.images.cpu().numpy()[rows], None, runtime) for dataset in datasets]
+    question.rows = question.rows[rows]
+    datasets = [question.dataset(member.statistics) for member in members]
     table = stress(members, datasets, targets[rows], runtime)
     with script.whole_file(folder / "stress.csv") as temporary:
         table.to_csv(temporary, index=False)

@@ -70,12 +70,11 @@ def parse_grid(argv: list[str]) -> tuple[list[str], dict[str, list]]:
     return fixed, grid
 
 
-def identity(config: script.Config, grid: dict[str, list], data: script.TrainingData) -> str:
-    """What a sweep's rows have in common: the settings of every cell but where it lies, and the training table."""
-    settings = {name: value for name, value in dataclasses.asdict(config).items()
-                if name not in (*grid, "output_dir", "cache_dir", "data_dir", "num_workers", "pictures")}
-    table = [len(data.targets), data.classes, int(data.dataset.images.sum()), int(data.targets.sum())]
-    return json.dumps([settings, grid, table], sort_keys=True)
+def identity(config: script.Config, grid: dict[str, list], data: script.TrainingData, runtime: script.Runtime) -> str:
+    """What a sweep's rows have in common: the grid, and what makes a run the run that it is, but for what is swept."""
+    about = script.identify_run(config, data, runtime)
+    about["settings"] = {name: value for name, value in about["settings"].items() if name not in grid}
+    return json.dumps([about, grid], sort_keys=True)
 
 
 def train_cell(config: script.Config, data: script.TrainingData, runtime: script.Runtime) -> pd.DataFrame:
@@ -108,7 +107,7 @@ def sweep(given: script.Config, grid: dict[str, list], folder: Path) -> pd.DataF
     cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     sizes = [script.complete_config(dataclasses.replace(given, **cell), runtime, 1).image_size for cell in cells]
     config, data, *_ = script.prepare_data(dataclasses.replace(given, image_size=max(sizes)), runtime)
-    same = identity(config, grid, data)
+    same = identity(config, grid, data, runtime)
     rows, histories = finished_cells(folder, same)
     with script.whole_file(folder / "sweep.json") as temporary:
         temporary.write_text(same)
@@ -141,12 +140,11 @@ def describe(cell: dict) -> str:
 def plot_histories(path: Path, histories: pd.DataFrame, grid: dict[str, list]) -> None:
     """Four panels: loss and accuracy, of training and of validation; a colour for the first setting's values."""
     from matplotlib import colormaps
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 9), layout="constrained")
+    figure, panels = script.new_figure(15, 9, 2, 2)
     names, palette = list(grid), colormaps["viridis"]
     styles = ["-", "--", ":", "-.", (0, (1, 4)), (0, (6, 1, 1, 1))]
-    for axes, column in zip(figure.subplots(2, 2).flat, ("train_loss", "val_loss", "train_accuracy", "val_accuracy")):
+    for axes, column in zip(panels.flat, ("train_loss", "val_loss", "train_accuracy", "val_accuracy")):
         for values, history in histories.groupby(names, sort=False):
             place = grid[names[0]].index(values[0])
             style = styles[grid[names[1]].index(values[1]) % len(styles)] if len(names) > 1 else "-"
