@@ -196,7 +196,17 @@ class Config:
             if not getattr(self, name) or Path(getattr(self, name)).name != getattr(self, name):
                 raise ValueError(f"{name} must be a file's name without a folder, not {getattr(self, name)!r}; the "
                                  "folder is output_dir")
+            if getattr(self, name).lower() in OWN_FILES or self.model_file.lower() == self.submission_file.lower():
+                raise ValueError(f"{name} must be a name of its own, not {getattr(self, name)!r}: another file that a "
+                                 "run writes is called that")
 
+
+# What a run writes beside model_file and submission_file.
+LAST_FILES = ("last.pth", "last.before.pth", "last.next.pth")
+TEST_PROBABILITIES = "test_probabilities.npz"
+OWN_FILES = {*LAST_FILES, TEST_PROBABILITIES, "val_probabilities.npz", "oof_probabilities.npz", "history.csv",
+             "run.json", "class_accuracy.csv", "class_accuracy.png", "class_distribution.png", "samples.png",
+             "curves.png", "confusions.png", "predictions.png"}
 
 # What a field's number may be: smallest and largest. A field that is not listed may be any number from 0 up.
 LIMITS = {
@@ -385,14 +395,25 @@ def parse_command_line(argv: list[str] | None) -> tuple[str, list[str], Config]:
         parser.error(f"unknown command {command}; the commands are run, predict and evaluate")
     if command == "run" and checkpoints:
         parser.error(f"run takes no checkpoint ({checkpoints[0]}); to use one: script.py predict {checkpoints[0]}")
-    idle, why = ((settings.keys() & PREDICT_ONLY, "it is for predict and evaluate") if command == "run" else
-                 (settings.keys() - PREDICT_SETTINGS, "the checkpoint holds it"))
-    if idle:
-        parser.error(f"--{min(idle).replace('_', '-')} has no effect on {command}: {why}")
+    for name in sorted(settings):
+        if why := why_idle(command, name):
+            parser.error(f"--{name.replace('_', '-')} has no effect on {command}: {why}")
+    if settings.get("test_csv") == Config.test_csv:  # it was named: torchvision's other part is not meant
+        settings["test_csv"] = os.path.join(".", Config.test_csv)
     try:
         return command, checkpoints, Config(**{**PRESETS.get(settings.pop("preset", ""), {}), **settings})
     except ValueError as error:
         parser.error(str(error))
+
+
+def why_idle(command: str, name: str) -> str:
+    """Why a setting says nothing to a command; empty if it does say something."""
+    if command == "run":
+        return "it is for predict and evaluate" if name in PREDICT_ONLY else ""
+    if name not in PREDICT_SETTINGS:
+        return "the checkpoint holds it"
+    submits = command == "predict" or name not in ("submission_file", "save_probabilities")
+    return "" if submits else "it writes no submission"
 
 
 def complete_config(config: Config, runtime: "Runtime", training_rows: int) -> Config:
@@ -874,6 +895,12 @@ def read_csv(path: Path, columns: tuple[str, ...], **options) -> pd.DataFrame:
                         "with commas between cells and quotes around a cell that holds one") from None
 
 
+def without_blank_end(table: pd.DataFrame) -> pd.DataFrame:
+    """A table without the blank lines that may end its file."""
+    filled = (table.fillna("") != "").any(axis=1).to_numpy().nonzero()[0]
+    return table.iloc[: filled[-1] + 1 if len(filled) else 0]
+
+
 def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     """Read a CSV's named columns, every cell as the text it is, and refuse cells that are empty.
 
@@ -884,8 +911,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     table.columns = table.columns.str.strip()
     check_columns(path, table.columns, columns)
     table = table[list(columns)].fillna("")  # a row that is too short gets NaN even so
-    filled = (table != "").any(axis=1).to_numpy().nonzero()[0]
-    table = table.iloc[: filled[-1] + 1 if len(filled) else 0]  # blank lines may end a file
+    table = without_blank_end(table)
     table.index = pd.RangeIndex(2, len(table) + 2)
     check_cells(path, table)
     return table
@@ -1050,7 +1076,7 @@ def check_sample_submission(config: Config, table: Table, classes: list[str]) ->
     path = Path(config.data_dir, config.test_csv).with_name("sample_submission.csv")
     if table.path.startswith("torchvision:") or not path.exists():
         return
-    sample, columns = read_csv(path, table.submission_columns), list(table.submission_columns)
+    sample, columns = without_blank_end(read_csv(path, table.submission_columns)), list(table.submission_columns)
     if list(sample.columns) != columns:
         raise DataError(f"{path}: its columns are {', '.join(sample.columns)}; the submission's would be "
                         f"{', '.join(columns)}: is {table.path} of the same competition?")
@@ -1443,7 +1469,7 @@ def load_images(table: Table, config: Config, statistics: ImageStatistics) -> np
     seconds = time.perf_counter() - started
     print(f"decoded {len(stale):,} images of {table.path} in {seconds:.1f} s ({len(stale) / seconds:,.0f}/s)")
     images = np.array(held[0]) if held else np.zeros((len(paths), *fresh.shape[1:]), dtype=np.uint8)
-    images[stale] = fresh
+    images[stale], held = fresh, None  # Windows replaces no file that is still mapped
     table.faults.update({int(stale[position]): fault for position, fault in faults.items()})
     identities[table.bad] = -1  # to be tried again, without the others
     return write_cache(cache, images, identities)[:, None]
@@ -2108,7 +2134,6 @@ class Progress:
         self.faults = faults
 
 
-LAST_FILES = ("last.pth", "last.before.pth", "last.next.pth")
 MOST_SETBACKS = 3   # returns of a training to a sound state
 LEAST_SECONDS = 10  # between two writings at the ends of epochs: on a GPU one may take a second, and writing as long
 
@@ -2126,8 +2151,6 @@ class RunKeeper:
         self.found, self.started, self.saved, self.ranks = None, time.monotonic(), time.monotonic(), ranks
         if path and config.resume:
             self.found = ranks.ask_first(self.find)
-        elif path:
-            self.discard()
 
     @property
     def files(self) -> tuple[Path, Path, Path]:
@@ -2166,8 +2189,11 @@ class RunKeeper:
         return None
 
     def begin(self, learner: "Learner", data: "TrainingData", pace: "Pace") -> Progress:
-        """Where training starts or goes on."""
+        """Where training starts or goes on. What an earlier run left is let go of here, when nothing can be wrong."""
         if not self.found:
+            if self.path and self.config.folds and self.ranks.rank == 0:
+                self.path.with_name("run.json").unlink(missing_ok=True)  # by which a fold counts as finished
+            self.discard()
             progress = Progress()
             self.remember(learner, progress)
             return progress
@@ -2863,7 +2889,8 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     left = -runtime.ranks.agree(reserve + time.monotonic() - started - 60 * config.max_minutes)[0]
     if left <= 0 and not goes_on:
         raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: "
-                         f"{time.monotonic() - started:.0f} s of it are over, validation and prediction will take "
+                         f"{time.monotonic() - started:.0f} s of it are over"
+                         f"{' or for other folds' if config.folds else ''}, validation and prediction will take "
                          f"{reserve:.0f} s")
     return max(left, 0.0)
 
@@ -3172,8 +3199,13 @@ def validation_question(members: list[Trained] | list[Member], config: Config,
         raise DataError(f"the checkpoints were split in different ways ({'; '.join(sorted(ways)[:3])}): what one was "
                         "trained on, another would be validated on; score them one by one")
     own, classes = members[0].config, members[0].classes
-    config = dataclasses.replace(config, train_csv=own.train_csv, root_dir=own.root_dir, on_bad_image=own.on_bad_image,
-                                 group_column=own.group_column)
+    if config.train_csv == Config.train_csv:  # none was named
+        config = dataclasses.replace(config, train_csv=own.train_csv, root_dir=own.root_dir)
+    if parts_of(own):  # which rows validate depends on those that could be used
+        config = dataclasses.replace(config, on_bad_image=own.on_bad_image)
+    elif own.on_bad_image == "skip":
+        config = dataclasses.replace(config, on_bad_image="skip")
+    config = dataclasses.replace(config, group_column=own.group_column)
     table = read_train_table(config)
     labels = set(table.rows.label)
     if labels != set(classes) and not (own.extra_classes and labels < set(classes)):
@@ -3251,9 +3283,6 @@ def write_probabilities(path: Path, judged: Judged, classes: list[str], **more: 
     with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez(file, rows=judged.rows, targets=judged.targets, probabilities=judged.probabilities, classes=classes,
                  **more)
-
-
-TEST_PROBABILITIES = "test_probabilities.npz"  # what --save-probabilities writes, in output_dir
 
 
 def write_answers(config: Config, table: Table, probabilities: np.ndarray, classes: list[str], networks: int) -> None:
@@ -3713,11 +3742,9 @@ def run_folds(config: Config, data: TrainingData, task: Task, started: float) ->
     """
     every = {fold: fold_config(config, fold) for fold in range(config.folds)}
     wanted = every if config.fold is None else {config.fold: every[config.fold]}
-    ranks = task.runtime.ranks
-    if not config.resume:
-        ranks.ask_first(lambda: [forget(own) for own in wanted.values()])
-    found = ranks.ask_first(lambda: {fold: find_finished(own, fold_data(data, fold), task.runtime)
-                                     for fold, own in wanted.items()})
+    found = task.runtime.ranks.ask_first(lambda: {
+        fold: find_finished(own, fold_data(data, fold), task.runtime) if config.resume else None
+        for fold, own in wanted.items()})
     finished = {fold: record for fold, record in found.items() if record}
     for fold, record in finished.items():
         print(f"fold {fold} is finished: validation accuracy {record['metrics']['val_accuracy']:.2%}")
@@ -3735,18 +3762,12 @@ def run_folds(config: Config, data: TrainingData, task: Task, started: float) ->
 
 def fold_config(config: Config, fold: int) -> Config:
     """The config of one fold's run, in a folder of its own."""
-    return dataclasses.replace(config, fold=fold, output_dir=str(Path(config.output_dir, f"fold{fold}")), resume=True)
+    return dataclasses.replace(config, fold=fold, output_dir=str(Path(config.output_dir, f"fold{fold}")))
 
 
 def fold_data(data: TrainingData, fold: int) -> TrainingData:
     """The data split for one fold, without teachers."""
     return dataclasses.replace(split_data(data, *part_rows(data.parts, fold)), taught=None)
-
-
-def forget(config: Config) -> None:
-    """Let a fold be trained anew: it counts neither as finished nor as begun."""
-    for name in ("run.json", *LAST_FILES):  # first what makes it finished
-        Path(config.output_dir, name).unlink(missing_ok=True)
 
 
 def find_finished(config: Config, data: TrainingData, runtime: Runtime) -> dict | None:
@@ -3963,7 +3984,8 @@ def exit_status(action: Callable[[StopSignals], None], stopped: str) -> int:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_status
     except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"{name}: out of memory ({first_line(error)}); try half the --batch-size", file=sys.stderr)
+        print(f"{name}: out of memory ({first_line(error)}); try half the --batch-size, or for prediction a smaller "
+              "--eval-batch-size", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a folder that vanished
         print(f"{name}: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)

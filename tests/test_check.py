@@ -44,6 +44,22 @@ def test_good_data_are_left_in_peace(tmp_path, capsys):
     assert "nothing beside the pictures was found" in out and "the number in the file's name" in out
 
 
+@pytest.mark.parametrize("rows", [2, 3, 4])
+def test_a_few_rows_can_be_checked(tmp_path, capsys, rows):
+    competition = make_competition(tmp_path / "competition", rows)
+    folders = ["--data-dir", str(competition), "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path)]
+    assert check.main(folders) == 0
+    assert "give" in capsys.readouterr().out
+
+
+def test_a_wrong_flag_and_a_missing_package_are_one_line(checked, monkeypatch):
+    status, _, error, _ = checked("--image-size", "0")
+    assert status == 2 and error.startswith("error: image_size must be") and error.count("\n") == 1
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    status, _, error, _ = checked()
+    assert (status, error) == (2, "error: the check needs a package that is not installed: pip install scikit-learn\n")
+
+
 def test_bad_files_are_listed(checked, competition):
     image(competition, 6).write_bytes(b"")
     image(competition, 2, "test.csv").write_text("<html>")

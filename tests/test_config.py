@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import typing
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,14 @@ def test_commands_and_checkpoints_may_stand_anywhere():
     assert (command, checkpoints, config.data_dir) == ("predict", ["a.pth", "b.pth"], "x")
 
 
+def test_a_test_table_that_is_named_is_meant():
+    """Beside torchvision's data the default means their test part; the same name in words means the file."""
+    train = ["--train-csv", "torchvision:MNIST"]
+    assert script.test_table_name(parse_command_line(train)[2]) == "torchvision:MNIST"
+    named = parse_command_line([*train, "--test-csv", "test.csv"])[2]
+    assert Path("data", script.test_table_name(named)) == Path("data", "test.csv")
+
+
 def test_a_flag_goes_before_its_preset():
     config = parse_command_line(["--preset", "classic", "--num-epochs", "3"])[2]
     assert config == Config(**{**script.PRESETS["classic"], "num_epochs": 3})
@@ -83,6 +92,11 @@ def test_a_flag_goes_before_its_preset():
     (["--milestones", "3,x"], "milestones must be epochs with commas between them, not '3,x'"),
     (["--early-stopping", "3", "--train-val-split", "1"], "early_stopping needs validation rows"),
     (["--submission-file", "a/b.csv"], "submission_file must be a file's name without a folder, not 'a/b.csv'"),
+    (["--model-file", "last.pth"], "model_file must be a name of its own, not 'last.pth'"),
+    (["--submission-file", "History.csv"], "submission_file must be a name of its own, not 'History.csv'"),
+    (["--submission-file", "best_model.pth"], "must be a name of its own, not 'best_model.pth'"),
+    (["evaluate", "--submission-file", "a.csv"], "--submission-file has no effect on evaluate: it writes no "),
+    (["evaluate", "--save-probabilities"], "--save-probabilities has no effect on evaluate: it writes no submission"),
     (["--preset", "modern"], "invalid choice: 'modern'"),
     (["--train-val-split", "1.5"], "train_val_split must be from 0.01 to 1"),
     (["--train-val-split", "1", "--schedule", "plateau"], "plateau needs validation rows"),

@@ -63,6 +63,14 @@ def test_the_command_writes_table_and_picture(competition, command, main_in_proc
     assert (np.asarray(Image.open(tmp_path / "confused_groups.png").convert("L")) < 128).any()
 
 
+def test_a_confused_class_may_have_no_validation_row(tmp_path):
+    counts, targets = np.array([[0, 10, 0], [0, 0, 0], [0, 0, 9]]), np.array([0] * 10 + [2] * 9)
+    groups = confusions.find_groups(counts, 0.75)
+    confusions.plot_groups(tmp_path / "a.png", confusions.list_groups(counts, groups), counts, list("abc"),
+                           np.zeros((19, 1, 8, 8), dtype=np.uint8), targets)
+    assert groups.tolist() == [0, 0, 2] and (tmp_path / "a.png").exists()
+
+
 def test_the_command_says_what_is_wrong(competition, command, main_in_process, tmp_path, capsys):
     paths = ["--data-dir", str(competition), "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path)]
     assert confusions.main([str(tmp_path / "none.pth"), *paths]) == 1

@@ -123,6 +123,21 @@ def test_classes_are_matched_by_their_names(trained, call, tmp_path):
     assert np.allclose(both, (alone + alone[:, ::-1]) / 2, atol=1e-6) and not np.allclose(both, alone, atol=1e-3)
 
 
+def test_validation_rows_are_read_where_the_command_says(trained, call, tmp_path):
+    """The table may have another name by now; an image that went bad since may be skipped."""
+    data = tmp_path / "moved"
+    shutil.copytree(trained[0].data, data)
+    (data / "train.csv").rename(data / "labelled.csv")
+    (data / "Dataset_Image").rename(data / "Images")
+    command = ["predict", *trained[1], "--member-weights", "validation", "--data-dir", data, "--root-dir", "Images"]
+    assert "train.csv: no such file" in call(*command)[2]
+    status, printed, error = call(*command, "--train-csv", "labelled.csv")
+    assert status == 0 and "validation rows with equal weights" in printed, error
+    (data / "Images" / pd.read_csv(data / "labelled.csv").image_path[0]).write_bytes(b"")
+    assert call(*command, "--train-csv", "labelled.csv")[0] == 1
+    assert call(*command, "--train-csv", "labelled.csv", "--on-bad-image", "skip")[0] == 0
+
+
 def test_weights_by_hand(trained, call):
     first, second = (probabilities(call, path) for path in trained[1])
     assert np.allclose(probabilities(call, *trained[1], "--member-weights", "3,1"), 0.75 * first + 0.25 * second,

@@ -221,6 +221,14 @@ def test_another_runs_state_is_refused(runs, unfinished, flags, difference):
     assert "goes on" not in runs.log(name) and not list(folder.glob("last*"))
 
 
+@pytest.mark.parametrize("flags", [["--weights", "typo.pth"], ["--teachers", "typo.pth"], ["--max-minutes", "0.01"]])
+def test_no_resume_lets_go_of_nothing_where_the_command_is_wrong(runs, unfinished, flags):
+    folder = half_done(runs, unfinished, "kept" + flags[0])
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    runs.run(folder.name, "--no-resume", *flags, status=2 if "minutes" in flags[0] else 1)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
 def test_another_torch_is_warned_of(runs, unfinished):
     folder = half_done(runs, unfinished, "versions")
     found = script.read_content(folder / "last.pth")

@@ -228,6 +228,14 @@ def test_a_finished_fold_of_other_settings_is_refused_or_trained_anew(folded, co
     assert {json.loads(path.read_text())["config"]["learning_rate"] for path in copied.glob("**/run.json")} == {0.02}
 
 
+def test_folds_stay_finished_where_the_command_that_is_to_train_them_anew_is_wrong(folded, copied, capsys):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+    for flags in (["--teachers", "none.pth"], ["--weights", "none.pth"], ["--max-minutes", "0.01"]):
+        assert folded(copied, *GROUPED, "--no-resume", *flags) in (1, 2)
+        assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before, flags
+    assert "or for other folds, validation" in capsys.readouterr().err
+
+
 def outcome_of_fold(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 

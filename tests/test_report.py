@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -37,6 +38,19 @@ def test_another_table_is_refused(finished, tmp_path, capsys):
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     assert report.main([str(tmp_path)]) == 1
     assert "no record of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, content", [
+    ("val_probabilities.npz", b"PK\x03\x04cut"), ("val_probabilities.npz", b""), ("run.json", b"[]"),
+    ("run.json", b"{}"), ("run.json", b'{"config": {}}'), ("history.csv", b""), ("history.csv", b"epoch\n1\n"),
+    ("class_accuracy.csv", b"label,images,accuracy,taken_for\n3,x,0.5,\n"),
+])
+def test_a_damaged_file_of_the_run_is_named(finished, tmp_path, capsys, name, content):
+    shutil.copytree(finished.output, tmp_path / "out")
+    (tmp_path / "out" / name).write_bytes(content)
+    assert report.main([str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert f"out/{name}: " in error and error.count("\n") == 1
 
 
 def test_calibration_by_hand():

@@ -108,3 +108,15 @@ def test_a_wrong_classes_csv_is_a_warning(tmp_path, capsys):
     write(tmp_path, "id,name\n1,2\n", "classes.csv")
     assert script.read_symbols(Config(data_dir=str(tmp_path))) == {}
     assert "no column 'label'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\n\n,\n"])
+def test_a_sample_may_end_with_blank_lines(competition, end):
+    config = Config(data_dir=str(competition))
+    ids = pd.read_csv(competition / "test.csv", dtype=str).example_id
+    text = pd.DataFrame({"example_id": ids, "label": "3"}).to_csv(index=False)
+    (competition / "sample_submission.csv").write_text(text + end)
+    script.check_sample_submission(config, script.read_test_table(config), ["3"])
+    (competition / "sample_submission.csv").write_text(text + end + "x,3\n")
+    with pytest.raises(DataError, match=r"sample_submission\.csv: has 3\d rows"):
+        script.check_sample_submission(config, script.read_test_table(config), ["3"])

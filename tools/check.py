@@ -110,10 +110,11 @@ def describe_clues(found: pd.DataFrame, labels: pd.Series) -> list[str]:
     targets, lines = labels.factorize()[0], []
     chance = np.bincount(targets).max() / len(targets)
     folds = KFold(min(5, len(targets)), shuffle=True, random_state=0)
+    nearest = KNeighborsClassifier(min(3, len(targets) - -(-len(targets) // folds.n_splits)))  # of those to learn from
     for name, values in found.items():
         if values.nunique() < 2:
             continue
-        right = cross_val_predict(KNeighborsClassifier(3), values.to_numpy(dtype=float)[:, None], targets, cv=folds)
+        right = cross_val_predict(nearest, values.to_numpy(dtype=float)[:, None], targets, cv=folds)
         share = (right == targets).mean()
         if share > chance + GIVEN_AWAY:
             lines.append(f"warning: {name} gives the label away: alone it is right for {share:.1%} of the training "
@@ -128,7 +129,10 @@ def check(given: argparse.Namespace) -> int:
         raise script.UsageError("the check needs a package that is not installed: pip install scikit-learn")
     given.output_dir.mkdir(parents=True, exist_ok=True)
     settings = {name: getattr(given, name) for name in ("data_dir", "train_csv", "test_csv", "root_dir", "cache_dir")}
-    config = script.Config(**settings, on_bad_image="skip", image_size=given.image_size)
+    try:
+        config = script.Config(**settings, on_bad_image="skip", image_size=given.image_size)
+    except ValueError as error:
+        raise script.UsageError(str(error)) from None
     tables = [("train", script.read_train_table(config)), ("test", script.read_test_table(config))]
     train = tables[0][1]
     classes = script.sort_classes(train.rows.label)

@@ -56,6 +56,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--crop", action="store_true", help="cut the drawing out first")
     parser.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
     given, faults = parser.parse_args(argv), []
+    if given.top < 1:
+        parser.error(f"--top must be 1 or more, not {given.top}")
     status = script.exit_status(lambda _: faults.append(answer(given)), "nothing was answered")
     return status or int(faults[0] > 0)
 

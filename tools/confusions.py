@@ -112,7 +112,8 @@ def plot_groups(path: Path, found: list[tuple[np.ndarray, int]], counts: np.ndar
         for axis, number in zip(row, members):
             rows = np.flatnonzero(targets == number)
             shown = [np.pad(images[each, 0], 2) for each in rows[:: max(1, len(rows) // EXAMPLES)][:EXAMPLES]]
-            axis.imshow(255 - np.hstack(shown), cmap="gray", vmin=0, vmax=255)
+            if shown:  # a class may have no validation row
+                axis.imshow(255 - np.hstack(shown), cmap="gray", vmin=0, vmax=255)
             more = len(members) - columns if axis is row[-1] else 0
             axis.set_title(f"{names[number]}   {counts[number, number]} of {len(rows)}"
                            + (f", {more} classes more" if more > 0 else ""), fontsize=9)

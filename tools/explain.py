@@ -94,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--crop", action="store_true", help="cut the drawing out first")
     parser.add_argument("--top", type=int, default=3, help="how many classes to show (3)")
     given = parser.parse_args(argv)
+    if given.top < 1:
+        parser.error(f"--top must be 1 or more, not {given.top}")
     return script.exit_status(lambda _: answer(given), "nothing was drawn")
 
 

@@ -43,7 +43,7 @@ def read_judgement(folder: Path, config: script.Config) -> tuple[script.Judged, 
     try:
         kept = np.load(folder / "val_probabilities.npz")
         arrays = {name: kept[name] for name in ("rows", "targets", "probabilities", "classes")}
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # zipfile and numpy each raise their own
         raise script.DataError(f"{folder / 'val_probabilities.npz'}: cannot be read ({script.first_line(error)}); name "
                                "the output folder of a finished run with validation rows") from None
     classes, table = arrays["classes"].tolist(), script.read_train_table(config)
@@ -98,14 +98,25 @@ def embedded(path: Path) -> str:
     return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
 
 
+def read_figures(path: Path, columns: list[str]) -> pd.DataFrame:
+    """A table that the run wrote; the cells of all but the labels' columns are numbers."""
+    table = script.read_csv(path, tuple(columns))
+    try:
+        numbers = [name for name in columns if name not in ("label", "taken_for")]
+        table[numbers] = table[numbers].apply(pd.to_numeric)
+        return table
+    except (KeyError, ValueError) as error:
+        raise script.DataError(f"{path}: not as a run writes it ({script.first_line(error)}); name the output folder "
+                               "of a finished run") from None
+
+
 def page(folder: Path, record: dict, error: float) -> str:
     """The whole report."""
     metrics, config = record["metrics"], record["config"]
     percent = {"accuracy": "val_accuracy", "top 3": "val_top3_accuracy", "per class": "val_class_accuracy"}
     figures = ", ".join(f"{name} {metrics[key]:.2%}" for name, key in percent.items())
-    history = pd.read_csv(folder / "history.csv")
-    classes = pd.read_csv(folder / "class_accuracy.csv", dtype=str, na_filter=False)
-    classes["accuracy"] = pd.to_numeric(classes.accuracy)
+    history = read_figures(folder / "history.csv", script.HISTORY_COLUMNS)
+    classes = read_figures(folder / "class_accuracy.csv", ["label", "images", "accuracy", "taken_for"])
     defaults = dataclasses.asdict(script.Config())
     settings = pd.DataFrame([(name, value) for name, value in config.items() if value != defaults.get(name)],
                             columns=["setting", "value"])
@@ -130,7 +141,9 @@ def read_record(folder: Path) -> tuple[dict, script.Config]:
         record = json.loads((folder / "run.json").read_text())
         known = {field.name for field in dataclasses.fields(script.Config)}
         config = script.Config(**{name: value for name, value in record["config"].items() if name in known})
-    except (OSError, ValueError, KeyError) as error:
+        if missing := {"metrics", "versions", "device", "seconds", "peak_memory_gb"} - record.keys():
+            raise ValueError(f"no {min(missing)}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # some other JSON, or none
         raise script.DataError(f"{folder / 'run.json'}: no record of a run ({script.first_line(error)}); name the "
                                "output folder of a finished run") from None
     if config.folds and config.fold is None:

@@ -133,6 +133,8 @@ def plot_stress(path: Path, table: pd.DataFrame, ink: Tensor) -> None:
 
 def report(given: argparse.Namespace) -> None:
     """Print the table, write and draw it."""
+    if given.rows < 1:
+        raise script.UsageError(f"--rows must be 1 or more, not {given.rows}")
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir, output_dir=given.output_dir)
     folder, runtime = script.output_folder(config), script.start_runtime(config)
     members = [script.load_checkpoint(path) for path in given.checkpoints]

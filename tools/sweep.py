@@ -37,7 +37,7 @@ import script
 DEFAULT_GRID = {"learning_rate": [0.001, 0.01, 0.1, 0.5, 1.0], "batch_size": [32, 64, 128, 256, 512]}
 # What the data was read or split by holds for all cells, since it is read once.
 FIXED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "train_val_split", "split_seed", "folds",
-         "fold", "group_column", "device", "precision", "extra_csv", "extra_root", "extra_weight"}
+         "fold", "group_column", "on_bad_image", "device", "precision", "extra_csv", "extra_root", "extra_weight"}
 # What `run` does around the training has no part in a sweep.
 IDLE = {"output_dir", "model_file", "submission_file", "pictures", "tensorboard", "max_minutes", "neighbours",
         "neighbour_share", "save_probabilities", *script.PREDICT_ONLY}
@@ -56,13 +56,15 @@ def parse_grid(argv: list[str]) -> tuple[list[str], dict[str, list]]:
         name = flag.removeprefix("--").replace("-", "_")
         if name in IDLE or (name.startswith("no_") and name[3:] in IDLE):
             raise script.UsageError(f"{flag} has no part in a sweep: leave it out")
-        if "," not in text or name == "milestones":
+        if "," not in text or name in ("milestones", "teachers"):  # of which commas are a part
             fixed += [flag, text] if text else [flag]
         elif name in FIXED or name not in kinds or kinds[name] is bool:
             raise script.UsageError(f"{flag} cannot be swept over: name one value, which holds for every cell")
         else:
             values = [script.parse_command_line([flag, value.strip()])[2] for value in text.split(",")]
             grid[name] = [getattr(config, name) for config in values]
+            if None in grid[name]:
+                raise script.UsageError(f"{flag}: auto is no value to compare; name what it stands for")
     named = {flag.removeprefix("--").replace("-", "_") for flag in fixed}
     grid = grid or {name: values for name, values in DEFAULT_GRID.items() if name not in named}
     if not grid:
