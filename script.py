@@ -275,7 +275,7 @@ PRESETS = {
         "model": "digit-cnn", "num_epochs": 1, "learning_rate": 5e-3, "dropout": 0.0, "label_smoothing": 0.0,
         "average_decay": 0.99, "augment": False, "neighbours": 0, "pictures": False,
     },
-    "digits-best": {"model": "cnn", "image_size": 28},
+    "digits-best": {"model": "cnn", "image_size": 28, "num_epochs": 20},
 }
 
 # The settings that `predict` takes from the command line; all others are the checkpoint's.

@@ -221,7 +221,9 @@ def test_another_runs_state_is_refused(runs, unfinished, flags, difference):
     assert "goes on" not in runs.log(name) and not list(folder.glob("last*"))
 
 
-@pytest.mark.parametrize("flags", [["--weights", "typo.pth"], ["--teachers", "typo.pth"], ["--max-minutes", "0.01"]])
+@pytest.mark.parametrize("flags", [["--weights", "typo.pth"],
+                                   pytest.param(["--teachers", "typo.pth"], marks=pytest.mark.slow),
+                                   pytest.param(["--max-minutes", "0.01"], marks=pytest.mark.slow)])
 def test_no_resume_lets_go_of_nothing_where_the_command_is_wrong(runs, unfinished, flags):
     folder = half_done(runs, unfinished, "kept" + flags[0])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
