@@ -16,7 +16,7 @@ def finished(request, tmp_path_factory):
     """One short run of the real command on a real folder."""
     folder = tmp_path_factory.mktemp("real")
     command = Command(Path(request.param), folder / "out", folder / "cache")
-    done = command("--num-epochs", "2", "--max-minutes", "5", "--model", "cnn", timeout=600)
+    done = command("--num-epochs", "2", "--max-minutes", "12", "--model", "cnn", timeout=900)
     assert done.returncode == 0, done.stderr
     return command, done
 
