@@ -3186,6 +3186,17 @@ def prepare_rows(table: Table, rows: np.ndarray, config: Config, statistics: Ima
     return MathSymbolDataset(images if len(rows) == len(images) else images[rows], None, runtime, config.pin_memory)
 
 
+def settings_of_labelled_table(own: Config, config: Config) -> Config:
+    """The config that reads the table which a network was trained on by its `own`, where none other is named."""
+    named = config.train_csv != Config.train_csv
+    # Which rows are in which part depends on those that could be used; single rows may go bad since.
+    fixed = parts_of(own) or own.on_bad_image == "skip"
+    return dataclasses.replace(
+        config, group_column=own.group_column, train_csv=config.train_csv if named else own.train_csv,
+        root_dir=config.root_dir if named else own.root_dir,
+        on_bad_image=own.on_bad_image if fixed else config.on_bad_image)
+
+
 def validation_question(members: list[Trained] | list[Member], config: Config,
                         runtime: Runtime) -> tuple[Question, np.ndarray]:
     """The validation rows that the members share, and their class numbers [rows].
@@ -3199,13 +3210,7 @@ def validation_question(members: list[Trained] | list[Member], config: Config,
         raise DataError(f"the checkpoints were split in different ways ({'; '.join(sorted(ways)[:3])}): what one was "
                         "trained on, another would be validated on; score them one by one")
     own, classes = members[0].config, members[0].classes
-    if config.train_csv == Config.train_csv:  # none was named
-        config = dataclasses.replace(config, train_csv=own.train_csv, root_dir=own.root_dir)
-    if parts_of(own):  # which rows validate depends on those that could be used
-        config = dataclasses.replace(config, on_bad_image=own.on_bad_image)
-    elif own.on_bad_image == "skip":
-        config = dataclasses.replace(config, on_bad_image="skip")
-    config = dataclasses.replace(config, group_column=own.group_column)
+    config = settings_of_labelled_table(own, config)
     table = read_train_table(config)
     labels = set(table.rows.label)
     if labels != set(classes) and not (own.extra_classes and labels < set(classes)):

@@ -1,7 +1,11 @@
-"""The command line that the benchmarks of trained networks share."""
+"""What the benchmarks of trained networks share: the command line, the rows, the line that they print."""
 
 import argparse
 from pathlib import Path
+
+import numpy as np
+
+import script
 
 
 def of_checkpoints(documentation: str, several: bool = False) -> argparse.Namespace:
@@ -15,3 +19,20 @@ def of_checkpoints(documentation: str, several: bool = False) -> argparse.Namesp
     parser.add_argument("--data-dir", required=True)
     parser.add_argument("--cache-dir", default="")
     return parser.parse_args()
+
+
+def with_validation_rows(documentation: str) -> tuple[script.Trained, script.MathSymbolDataset, np.ndarray,
+                                                      script.Runtime]:
+    """The checkpoint of the command line, its validation rows and their class numbers, and the runtime."""
+    given = of_checkpoints(documentation)
+    trained = script.load_checkpoint(given.checkpoint)
+    config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
+    runtime = script.start_runtime(config)
+    question, targets = script.validation_question([trained], config, runtime)
+    return trained, question.dataset(trained.statistics), targets, runtime
+
+
+def show(what: str, figures: dict[str, float]) -> None:
+    """Print loss and accuracies, as script.score gives them, at once."""
+    print(f"{what}  loss {figures['val_loss']:.4f}  accuracy {figures['val_accuracy']:.2%}  "
+          f"top 3 {figures['val_top3_accuracy']:.2%}  per class {figures['val_class_accuracy']:.2%}", flush=True)

@@ -83,7 +83,8 @@ def main() -> None:
         accuracies, checkpoints = [], []
         for seed in given.seeds:
             output = folder / f"seed{seed}"
-            train_once([*where, "--train-csv", train, "--seed", seed, *flags], output, shlex.join(flags))
+            rows = ["--held-out", str(given.held_out), "--held-out-seed", str(given.held_out_seed)]
+            train_once([*where, "--train-csv", train, "--seed", seed, *flags], output, shlex.join([*rows, *flags]))
             checkpoints.append(output / "best_model.pth")
             seconds = json.loads((output / "run.json").read_text())["seconds"]
             accuracies.append(judge(f"seed {seed}", checkpoints[-1:], seconds))

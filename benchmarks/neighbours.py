@@ -27,17 +27,13 @@ def main() -> None:
     with contextlib.redirect_stdout(io.StringIO()):
         _, data, *_ = script.prepare_data(config, runtime)
 
-    def show(name: str, figures: dict[str, float]) -> None:
-        print(f"{name:<32} loss {figures['val_loss']:.4f}  accuracy {figures['val_accuracy']:.2%}  "
-              f"top 3 {figures['val_top3_accuracy']:.2%}  per class {figures['val_class_accuracy']:.2%}", flush=True)
-
-    show("network alone", script.validate(runtime.place(trained.model), data, config, runtime))
+    arguments.show(f"{'network alone':<31}", script.validate(runtime.place(trained.model), data, config, runtime))
     started = time.perf_counter()
     voting = script.remember(dataclasses.replace(trained, config=config), data, runtime)
     print(f"remembered {len(data.train_rows):,} training images in {time.perf_counter() - started:.0f} s")
     for count, share in itertools.product(COUNTS, SHARES):
         voting.count, voting.share = count, share
-        show(f"{count} neighbours, share {share}", script.validate(voting, data, config, runtime))
+        arguments.show(f"{f'{count} neighbours, share {share}':<31}", script.validate(voting, data, config, runtime))
     print(f"peak memory {script.peak_memory_gb()} GB")
 
 

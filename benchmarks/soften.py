@@ -15,17 +15,11 @@ SHARES = (0.0, 0.025, 0.05, 0.075, 0.1, 0.125, 0.15, 0.2)
 
 
 def main() -> None:
-    given = arguments.of_checkpoints(__doc__)
-    trained = script.load_checkpoint(given.checkpoint)
-    config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
-    runtime = script.start_runtime(config)
-    question, targets = script.validation_question([trained], config, runtime)
-    dataset = question.dataset(trained.statistics)
+    trained, dataset, targets, runtime = arguments.with_validation_rows(__doc__)
     for share in SHARES:
         softer = dataclasses.replace(trained, config=dataclasses.replace(trained.config, soften=share))
-        figures = script.score(script.ensemble_predict([softer], [dataset], runtime), targets)
-        print(f"soften {share:<6} loss {figures['val_loss']:.4f}  accuracy {figures['val_accuracy']:.2%}  "
-              f"top 3 {figures['val_top3_accuracy']:.2%}  per class {figures['val_class_accuracy']:.2%}", flush=True)
+        probabilities = script.ensemble_predict([softer], [dataset], runtime)
+        arguments.show(f"soften {share:<6}", script.score(probabilities, targets))
 
 
 if __name__ == "__main__":

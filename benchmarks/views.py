@@ -7,6 +7,7 @@ checkpoint's own validation rows after each view, as `predict --views N` and `ev
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
 
@@ -17,20 +18,11 @@ MOST = 9
 
 
 def main() -> None:
-    given = arguments.of_checkpoints(__doc__)
-    trained = script.load_checkpoint(given.checkpoint)
-    config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
-    runtime = script.start_runtime(config)
-    question, targets = script.validation_question([trained], config, runtime)
-    dataset = question.dataset(trained.statistics)
+    trained, dataset, targets, runtime = arguments.with_validation_rows(__doc__)
     views = script.ask_views(runtime.place(trained.model), dataset, np.arange(len(targets)),
                              dataclasses.replace(trained.config, views=MOST), runtime)
-    total = 0
-    for count, probabilities in enumerate(views, start=1):
-        total = total + probabilities
-        figures = script.score((total / count).numpy(), targets)
-        print(f"views {count}  loss {figures['val_loss']:.4f}  accuracy {figures['val_accuracy']:.2%}  "
-              f"top 3 {figures['val_top3_accuracy']:.2%}  per class {figures['val_class_accuracy']:.2%}", flush=True)
+    for count, total in enumerate(itertools.accumulate(views), start=1):
+        arguments.show(f"views {count}", script.score((total / count).numpy(), targets))
 
 
 if __name__ == "__main__":

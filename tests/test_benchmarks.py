@@ -110,8 +110,9 @@ def test_digits_stay_in_their_folder_and_are_trained_once(trained, tmp_path):
     written = (tmp_path / "seed0" / "best_model.pth").stat().st_mtime_ns
     assert benchmark(*command, *QUICK) == first
     assert (tmp_path / "seed0" / "best_model.pth").stat().st_mtime_ns == written
-    with pytest.raises(AssertionError, match="holds a network of other flags"):
-        benchmark(*command, *QUICK, "--no-augment")
+    for other in (["--no-augment"], ["--held-out-seed", "1"]):  # which would be judged on what it was trained on
+        with pytest.raises(AssertionError, match="holds a network of other flags"):
+            benchmark(*command, *QUICK, *other)
 
 
 def test_the_gpu_run_ends_in_a_table_whatever_fails(tmp_path):

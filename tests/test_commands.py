@@ -32,6 +32,7 @@ def finished(tmp_path_factory):
 def test_a_run_writes_everything_and_learns(finished):
     command, done = finished
     assert set(os.listdir(command.output)) == OUTPUTS | PICTURES
+    assert (OUTPUTS | PICTURES) - {"best_model.pth", "submission.csv"} <= script.OWN_FILES  # none may be named so
     test = pd.read_csv(command.data / "test.csv", dtype=str)
     submission = command.submission()
     assert submission.columns.tolist() == ["example_id", "label"]
