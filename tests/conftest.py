@@ -13,6 +13,10 @@ from PIL import Image, ImageDraw
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
+# Of tests and the commands that they start: networks as small as these are no faster on several threads, and much
+# slower where other tests run beside them. To be set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 CLASSES = ["3", "17", "40", "101", "1400"]  # gaps, as in the real competition
 
 
@@ -45,14 +49,6 @@ def make_competition(folder: Path, train_rows: int = 100, test_rows: int = 30, c
     pd.DataFrame({"image_path": names[train_rows:], "user_id": 7, "example_id": numbers[train_rows:]}
                  ).to_csv(folder / "test.csv", index=False)
     return folder
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """Networks as small as these are no faster on several, and much slower where other programs run beside them."""
-    import torch
-
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -89,7 +85,7 @@ class Command:
     def __call__(self, *arguments: str, **options) -> subprocess.CompletedProcess:
         timeout = options.pop("timeout", 280)
         command = [sys.executable, str(REPOSITORY / "script.py"), *self.arguments(*arguments)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "2", **options.pop("env", {})}
+        environment = {**os.environ, **options.pop("env", {})}
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **options)
 
     def submission(self) -> pd.DataFrame:

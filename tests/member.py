@@ -3,7 +3,6 @@
 import os
 
 import numpy as np
-import torch
 import victim  # which imports script and what is slow to import
 from torch import nn
 
@@ -59,7 +58,6 @@ def live(rank: int, count: int, port: int, arguments: list[str], log: str, froze
     `stop` is a rank, a step and a signal that it gets there.
     """
     victim.write_to(log)
-    torch.set_num_threads(1)  # as torchrun would have it
     if count:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), LOCAL_WORLD_SIZE=str(count),
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")

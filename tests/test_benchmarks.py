@@ -1,6 +1,5 @@
 """benchmarks/: what they print is read from the real lines, and each runs to its end on a small competition."""
 
-import os
 import re
 import subprocess
 import sys
@@ -59,7 +58,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path, list[str]]:
 def benchmark(name: str, *arguments: str) -> str:
     """What a benchmark prints."""
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=REPOSITORY, text=True,
-                          capture_output=True, timeout=280, env={**os.environ, "OMP_NUM_THREADS": "2"})
+                          capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -29,7 +29,6 @@ class Runs:
         self.folder, self.data = folder, make_competition(folder / "competition")
         self.context = multiprocessing.get_context("forkserver")
         with pytest.MonkeyPatch.context() as patches:  # what the first of them starts with, all have
-            patches.setenv("OMP_NUM_THREADS", "1")
             patches.setenv("PYTHONPATH", str(Path(victim.__file__).parent))
             self.context.set_forkserver_preload(["victim"])
             self.reference = self.run("reference", keep=True)

@@ -395,7 +395,6 @@ def test_side_rooms_ask_for_one_fold(folded, tmp_path, capsys):
 @pytest.mark.slow
 def test_kills_lose_nothing(folded, tmp_path, monkeypatch):
     """SIGKILL before a random one of the next operations on the files, again and again, until the run gets through."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(Path(victim.__file__).parent))
     context, draws = multiprocessing.get_context("forkserver"), np.random.default_rng(0)
     context.set_forkserver_preload(["victim"])
