@@ -57,7 +57,7 @@ import types
 import typing
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -768,6 +768,9 @@ def whole_file(path: Path):
         os.replace(temporary, path)
         if os.name == "posix":  # the name is in the folder, which is flushed by itself
             flush(path.parent)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk names no file
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -793,6 +796,28 @@ def is_alive(process: int) -> bool:
     except OSError:  # another user's
         pass
     return True
+
+
+def input_files(config: Config) -> list[Path]:
+    """The files that a run reads and must leave as they are: its tables, what lies beside them, and its teachers."""
+    tables = [Path(name) for name in (config.train_csv, config.test_csv, config.extra_csv) if name]
+    beside = [table.with_name(name) for table in tables for name in ("classes.csv", "sample_submission.csv")]
+    return [*(Path(config.data_dir, name) for name in (*tables, *beside)), *teacher_files(config)]
+
+
+def teacher_files(config: Config) -> list[Path]:
+    """The checkpoints that `teachers` names, those of this fold where it is trained in folds."""
+    names = config.teachers.replace("{fold}", str(config.fold)) if config.folds else config.teachers
+    return [Path(path.strip()) for path in names.split(",") if path.strip()]
+
+
+def check_not_read(folder: Path, written: Iterable[str], read: Iterable[Path]) -> None:
+    """Raise UsageError where one of the files to be written into a folder is one of those that are read."""
+    for path in (folder / name for name in written):
+        for other in read:
+            if path.exists() and other.exists() and path.samefile(other):
+                raise UsageError(f"{other}: is read, and would be overwritten; name another --output-dir, or keep it "
+                                 "under another name")
 
 
 def output_folder(config: Config) -> Path:
@@ -891,7 +916,11 @@ def read_csv(path: Path, columns: tuple[str, ...], **options) -> pd.DataFrame:
     except pd.errors.EmptyDataError:
         raise DataError(f"{path}: the file is empty; it needs the columns {', '.join(columns)}") from None
     except Exception as error:  # pandas, codecs and decompressors each raise their own
-        raise DataError(f"{path}: not a readable CSV table ({first_line(error)}); save it as UTF-8, "
+        if isinstance(error, OSError) and error.strerror:
+            raise DataError(f"{path}: cannot be read ({error.strerror.lower()})") from None
+        from_zero = r"(?<=EOF inside string starting at row )\d+"  # other errors of pandas count rows from 1
+        what = re.sub(from_zero, lambda row: str(int(row[0]) + 1), first_line(error))
+        raise DataError(f"{path}: not a readable CSV table ({what}); save it as UTF-8, "
                         "with commas between cells and quotes around a cell that holds one") from None
 
 
@@ -921,14 +950,14 @@ PIXEL = r"pixel[0-9]+"
 
 
 def pixel_table(path: Path, header: pd.Index, column: str, group: str = "") -> Table:
-    """A table whose columns pixel0, pixel1, ... hold a square image, row by row, in grey levels of 0 to 255.
+    """A table whose columns pixel0 (or pixel1), ... hold a square image, row by row, in grey levels of 0 to 255.
 
     `group` is a column to keep beside the label. Rows to predict count from 1 where they have no ids. Raises DataError
     naming the file, the row and the remedy.
     """
     names = pixel_names(path, header)
     side = math.isqrt(len(names))
-    ids = next((name for name in ("example_id", "ImageId") if name in header), None)
+    ids = id_column(path, header) if column == "example_id" else ""
     texts = ["label", *[group] * bool(group)] if column == "label" else [ids] if ids else []
     check_columns(path, header, tuple(texts))
     kinds = {**dict.fromkeys(header, str), **dict.fromkeys(names, np.int16)}
@@ -938,21 +967,31 @@ def pixel_table(path: Path, header: pd.Index, column: str, group: str = "") -> T
     except DataError:
         raise DataError(pixel_fault(path, header)) from None
     pixels = table[names].to_numpy()
-    rows = table[texts].rename(columns={ids: column}) if texts else pd.DataFrame(
-        {column: [str(number) for number in range(1, len(table) + 1)]})
+    rows = table[texts] if texts else pd.DataFrame({column: [str(number) for number in range(1, len(table) + 1)]})
     rows.index = pd.RangeIndex(2, len(rows) + 2)
     check_cells(path, rows)
     if pixels.min() < 0 or pixels.max() > 255:
         raise DataError(pixel_fault(path, header))
-    return Table(str(path), rows, pixels.astype(np.uint8).reshape(-1, side, side),
-                 ("example_id", "label") if ids == "example_id" else ("ImageId", "Label"))
+    return Table(str(path), rows.rename(columns={ids: column}), pixels.astype(np.uint8).reshape(-1, side, side),
+                 (ids, "label") if ids not in ("", "ImageId") else ("ImageId", "Label"))
+
+
+def id_column(path: Path, header: pd.Index) -> str:
+    """The column of a pixel table that holds the rows' ids, empty where there is none; others are warned of."""
+    others = [name for name in header if not re.fullmatch(PIXEL + r"|Unnamed: \d+|(?i:label)", name)]
+    ids = [name for name in ("example_id", "ImageId") if name in others]
+    ids = ids or [name for name in others if re.fullmatch(r"(?i)(.*[ _])?id", name)]
+    if others and not ids:
+        warn(f"{path}: the rows are numbered from 1 in the submission; if one of its other columns holds their ids "
+             f"({', '.join(others[:5])}), rename it to id")
+    return ids[0] if ids else ""
 
 
 def pixel_names(path: Path, header: pd.Index) -> list[str]:
     """The pixel columns in the image's order. Raises DataError where they are not those of a square image."""
     names = sorted(header[header.str.fullmatch(PIXEL)], key=lambda name: int(name[5:]))
-    side = math.isqrt(len(names))
-    if names != [f"pixel{number}" for number in range(side * side)]:
+    side, first = math.isqrt(len(names)), int(names[0] == "pixel1")  # some count from 1
+    if names != [f"pixel{number}" for number in range(first, first + side * side)]:
         raise DataError(f"{path}: {len(names)} pixel columns, {names[0]} to {names[-1]}, are no square image; one of "
                         f"{side} x {side} has pixel0 to pixel{side * side - 1}, each once")
     return names
@@ -962,14 +1001,23 @@ def pixel_fault(path: Path, header: pd.Index) -> str:
     """What is wrong with the first row of a pixel table that cannot be used; without the row if it is compressed."""
     if path.suffix in (".gz", ".bz2", ".zip", ".xz", ".zst"):
         return f"{path}: not every pixel is a whole number from 0 to 255; unpack it to be told which row"
+    row = 0
     with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        for row, cells in enumerate(csv.reader(file), start=1):
-            if cells and len(cells) != len(header):
-                return f"{path}, row {row}: {len(cells)} cells under a header of {len(header)}; write the row again"
-            for name, cell in zip(header, cells) if row > 1 else ():
-                if re.fullmatch(PIXEL, name) and not (cell.strip().isdecimal() and int(cell) < 256):
-                    return f"{path}, row {row}: {name} is {cell!r}; a pixel is a whole number from 0 to 255"
+        try:
+            for row, cells in enumerate(csv.reader(file), start=1):
+                if cells and len(cells) != len(header):
+                    return f"{path}, row {row}: {len(cells)} cells under a header of {len(header)}; write the row again"
+                for name, cell in zip(header, cells) if row > 1 else ():
+                    if re.fullmatch(PIXEL, name) and not is_grey_level(cell):
+                        return f"{path}, row {row}: {name} is {cell!r}; a pixel is a whole number from 0 to 255"
+        except csv.Error as error:  # a cell longer than any table's
+            return f"{path}, row {row + 1}: {first_line(error)}; is a quote not closed there?"
     return f"{path}: not every pixel is a whole number from 0 to 255"
+
+
+def is_grey_level(cell: str) -> bool:
+    """Whether a cell holds a whole number from 0 to 255, if with zeros behind a point."""
+    return bool(re.fullmatch(r"\d+(\.0*)?", cell.strip())) and float(cell) < 256
 
 
 def torchvision_table(config: Config, name: str, column: str, part: str) -> Table:
@@ -1004,7 +1052,9 @@ def check_columns(path: Path, found: pd.Index, wanted: tuple[str, ...]) -> None:
     for name in wanted:
         if name not in found:
             near = difflib.get_close_matches(name, found, 1, 0.7)
-            hint = f"rename {near[0]!r}" if near and len(found) > 1 else "is it separated by commas?"
+            hint = (f"rename {near[0]!r}" if near else "rename the column that holds it, or name a labelled table"
+                    if name == "label" else "rename the column that holds it")
+            hint = hint if len(found) > 1 else "is it separated by commas?"
             names = ", ".join(found[:20]) + (", ..." if len(found) > 20 else "")
             raise DataError(f"{path}: no column {name!r} in its header ({names}); {hint}")
         if list(found).count(name) > 1 or f"{name}.1" in found:
@@ -1020,6 +1070,10 @@ def check_cells(path: Path, table: pd.DataFrame) -> None:
         if len(empty):
             more = f" (and {len(empty) - 1} more rows)" if len(empty) > 1 else ""
             raise DataError(f"{path}, row {empty[0]}{more}: {name} is empty; fill it in or remove the row")
+        broken = table.index[table[name].str.contains("\r", regex=False)]
+        if len(broken):
+            raise DataError(f"{path}, row {broken[0]}: {name} holds a carriage return, which a submission would not "
+                            "keep; remove it")
 
 
 def read_train_table(config: Config) -> Table:
@@ -1061,8 +1115,8 @@ def read_test_table(config: Config) -> Table:
     ids = table.rows.example_id
     repeated = ids.index[ids.duplicated()]
     if len(repeated):
-        example = ids[repeated[0]]
-        raise DataError(f"{table.path}, row {repeated[0]}: example_id {example!r} stands already in row "
+        example, name = ids[repeated[0]], table.submission_columns[0]
+        raise DataError(f"{table.path}, row {repeated[0]}: {name} {example!r} stands already in row "
                         f"{ids.index[ids == example][0]}; each id may stand once")
     return table
 
@@ -1255,7 +1309,7 @@ def read_symbols(config: Config) -> dict[str, str]:
 # ==== 4. Images: decoded once into one uint8 array, ink high and paper zero; augmented by batch on the device =========
 
 LARGEST_IMAGE = 50_000_000  # pixels: what is larger is no drawing of a symbol, and may be made to fill the memory
-CACHE_FORMAT = 1  # to be raised when decoding changes, so that older caches are not used
+CACHE_FORMAT = 2  # to be raised when decoding changes, so that older caches are not used
 DECODE_CHUNK = 1000
 
 
@@ -1282,11 +1336,13 @@ def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             raise ValueError(f"{image.width} x {image.height} pixels are too many; scale it down")
         image.load()
         if "exif" in image.info:
-            image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits a pixel, which convert("L") would clip
-        deep = np.asarray(image, dtype=np.int64)
-        deep = deep // 257 if image.mode != "I" or deep.max() > 255 else deep
-        return deep.clip(0, 255).astype(np.uint8), None
+            with contextlib.suppress(Exception):  # what is no EXIF turns nothing
+                image = ImageOps.exif_transpose(image)
+    if image.mode[0] in "IF":  # 16 bits a pixel or more, which convert("L") would clip
+        deep = np.asarray(image, dtype=np.float64)
+        most = np.nan_to_num(deep).max()
+        scaled = deep * 255 if image.mode == "F" and most <= 1 else deep // 257 if most > 255 else deep
+        return np.nan_to_num(scaled).clip(0, 255).astype(np.uint8), None
     if "A" in image.getbands() or "transparency" in image.info:
         grey, alpha = image.convert("RGBA").convert("LA").split()
         return np.asarray(grey), np.asarray(alpha)
@@ -1334,10 +1390,23 @@ def read_picture(path: Path, size: int, crop: bool) -> np.ndarray:
 
 
 def look_at_images(table: Table, config: Config) -> ImageStatistics:
-    """Polarity and stored size, from up to 256 images spread over the table; unreadable ones are left for later.
+    """Polarity and stored size, as `glance_at_images` finds them.
 
     Stored are the images' own pixels, or image_size where they have more than the network will see.
     """
+    papers, sides = glance_at_images(table, config)
+    if not papers:
+        return ImageStatistics(255, config.image_size)
+    return ImageStatistics(usual_paper(papers), min(max(sides), config.image_size))
+
+
+def usual_paper(papers: list[int]) -> int:
+    """The paper of most images."""
+    return 255 if np.mean(papers) > 127 else 0
+
+
+def glance_at_images(table: Table, config: Config) -> tuple[list[int], list[int]]:
+    """Paper and longer side of up to 256 images spread over the table; unreadable ones are left for later."""
     papers, sides = [], []
     for place in range(0, len(table), math.ceil(len(table) / 256)):
         if place in table.faults:
@@ -1349,9 +1418,16 @@ def look_at_images(table: Table, config: Config) -> ImageStatistics:
             sides.append(max(grey.shape))
         except Exception:  # named with its row when all images are decoded
             continue
-    if not papers:
-        return ImageStatistics(255, config.image_size)
-    return ImageStatistics(255 if np.mean(papers) > 127 else 0, min(max(sides), config.image_size))
+    return papers, sides
+
+
+def warn_of_other_paper(table: Table, config: Config, statistics: ImageStatistics) -> None:
+    """Say so where a table's images are white on black and those of the statistics black on white, or the reverse."""
+    papers, _ = glance_at_images(table, config)
+    if papers and usual_paper(papers) != statistics.paper:
+        warn(f"{table.path}: its images have another paper than the training table's "
+             f"({'black on white' if statistics.paper else 'white on black'}), and are read as if they had the same; "
+             "invert them")
 
 
 def decode_image(statistics: ImageStatistics, path: str) -> bytes | str:
@@ -1489,12 +1565,13 @@ def load_all_images(tables: list[Table], config: Config, statistics: ImageStatis
     if faults:
         count = f"{len(faults)} images cannot be used" if len(faults) > 1 else "1 image cannot be used"
         listed = "\n  ".join(faults[:10]) + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else "")
+        for table in tables:
+            if len(table.bad) == len(table):
+                raise DataError(f"{table.path}: not one of its images can be used; if its paths do not start from "
+                                f"{root}, name their folder with --root-dir (--extra-root for extra rows):\n  {listed}")
         if config.on_bad_image == "error":
             raise DataError(f"{count}; replace each file or remove its row, or leave them out with --on-bad-image "
                             f"skip:\n  {listed}")
-        for table in tables:
-            if len(table.bad) == len(table):
-                raise DataError(f"{table.path}: not one of its images can be used:\n  {listed}")
         warn(f"{count} and left out:\n  {listed}")
     return loaded
 
@@ -3036,6 +3113,7 @@ class Question:
             self.prepared = None
             with self.runtime.ranks.in_turn():
                 self.prepared = statistics, prepare_rows(self.table, self.rows, self.config, statistics, self.runtime)
+            warn_of_other_paper(self.table, self.config, statistics)
         return self.prepared[1]
 
 
@@ -3127,11 +3205,10 @@ def ask_teachers(config: Config, data: TrainingData, runtime: Runtime) -> Tensor
     None without teachers. The networks alone: their memories would give each row its own label back (distillation,
     arXiv:1503.02531).
     """
-    names = config.teachers.replace("{fold}", str(config.fold)) if config.folds else config.teachers
-    paths = [Path(path.strip()) for path in names.split(",") if path.strip()]
-    if not paths:
+    members = [look_at_member(path) for path in teacher_files(config)]
+    if not members:
         return None
-    members, tables = [look_at_member(path) for path in paths], labelled_tables(config)
+    tables = labelled_tables(config)
     for member in members:
         check_teacher(member, config, data, tables)
     order, parts = [members[0].classes.index(label) for label in data.classes], []
@@ -3567,10 +3644,7 @@ def add_extra_rows(data: TrainingData, table: Table, config: Config, runtime: Ru
     """The training data with the extra table's rows after its own, their images prepared in the same way."""
     own, before = extra_settings(config), data.dataset.images.cpu().numpy()
     images = load_all_images([table], own, data.statistics)[0]
-    if look_at_images(table, own).paper != data.statistics.paper:
-        warn(f"{table.path}: its images have another paper than the training table's "
-             f"({'black on white' if data.statistics.paper else 'white on black'}), and are read as if they had the "
-             "same; invert them")
+    warn_of_other_paper(table, own, data.statistics)
     targets = class_numbers(table.rows.label, data.classes)
     count, targets = len(data.targets), np.concatenate([data.targets, targets])
     weights = torch.ones(len(targets), device=runtime.device)
@@ -3640,6 +3714,7 @@ def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingD
     summary = summarize_model(build_model(config, len(classes)), config)  # before decoding: it refuses an unfit size
     statistics = look_at_images(train_table, config)
     train_images, test_images = load_all_images([train_table, test_table], config, statistics)
+    warn_of_other_paper(test_table, config, statistics)
     train_rows, val_rows, parts = split_table(config, train_table, targets, train_images)
     check_validation(config, val_rows)  # once more, without those of no usable image
     if len(train_rows) < 2:
@@ -3670,6 +3745,8 @@ class Task:
 
 def run(config: Config, started: float, stops: StopSignals) -> None:
     """Train, predict, write the submission; or go on with it where an earlier process was stopped."""
+    for own in (config, *(fold_config(config, fold) for fold in range(config.folds))):
+        check_not_read(Path(own.output_dir), {own.model_file, own.submission_file, *OWN_FILES}, input_files(own))
     _, runtime = output_folder(config), start_runtime(config)
     symbols = read_symbols(config)
     print(f"device {runtime.describe()}")
@@ -3883,6 +3960,8 @@ def describe_folds(config: Config, metrics: dict, folder: Path) -> str:
 
 def predict_command(config: Config, checkpoints: list[str], started: float) -> None:
     """Write the submission of one or more files, checkpoints or saved probabilities, averaged."""
+    written = [config.submission_file, *[TEST_PROBABILITIES] * config.save_probabilities]
+    check_not_read(Path(config.output_dir), written, [*input_files(config), *map(Path, checkpoints)])
     folder, table = output_folder(config), read_test_table(config)
     members, runtime = choose_members(config, checkpoints, table)
     classes = members[0].classes

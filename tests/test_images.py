@@ -30,12 +30,15 @@ def forms() -> dict[str, Image.Image]:
     return {"L": grey, "RGB": grey.convert("RGB"), "RGBA": grey.convert("RGBA"), "LA on nothing": transparent,
             "RGBA on nothing": transparent.convert("RGBA"), "palette": grey.convert("P"),
             "1": grey.convert("1", dither=0), "16 bits": Image.fromarray(drawing().astype(np.uint16) * 257),
-            "32 bits": Image.fromarray(drawing().astype(np.int32)), "CMYK": grey.convert("RGB").convert("CMYK")}
+            "32 bits": Image.fromarray(drawing().astype(np.int32)), "CMYK": grey.convert("RGB").convert("CMYK"),
+            "8 of 16 bits": Image.fromarray(drawing().astype(np.uint16)),
+            "shares": Image.fromarray(drawing().astype(np.float32) / 255),
+            "floats": Image.fromarray(drawing().astype(np.float32))}
 
 
 @pytest.mark.parametrize("form", forms())
 def test_every_mode_gives_the_same_ink(tmp_path, form):
-    path = tmp_path / ("image.tif" if form in ("CMYK", "32 bits") else "image.png")
+    path = tmp_path / ("image.tif" if form in ("CMYK", "32 bits", "shares", "floats") else "image.png")
     forms()[form].save(path)
     grey, alpha = script.read_grey(str(path))
     assert script.paper_of(grey, alpha) == 255
@@ -55,6 +58,11 @@ def test_jpeg_gif_and_exif_are_read_upright(tmp_path):
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
     turned.convert("RGB").save(tmp_path / "a.jpg", quality=95, exif=exif)
     assert np.abs(script.read_grey(str(tmp_path / "a.jpg"))[0].astype(int) - drawing()).mean() < 5
+
+
+def test_what_is_no_exif_turns_nothing(tmp_path):
+    Image.fromarray(drawing()).save(tmp_path / "a.png", exif=b"Exif\0\0garbage")
+    assert np.array_equal(script.read_grey(str(tmp_path / "a.png"))[0], drawing())
 
 
 def look_at(folder, names):

@@ -45,6 +45,59 @@ def test_pixel_tables_keep_ids_that_they_have(tmp_path):
     assert table.submission_columns == ("example_id", "label")
 
 
+@pytest.mark.parametrize("name, answers", [("id", ("id", "label")), ("image_id", ("image_id", "label")),
+                                           ("ID", ("ID", "label")), ("ImageId", ("ImageId", "Label"))])
+def test_ids_go_by_the_usual_names_too(tmp_path, capsys, name, answers):
+    path = write_pixels(tmp_path, name="test.csv", labels=False)
+    digits = pd.read_csv(path)
+    digits.insert(0, name, [f"00{number}" for number in range(6)])
+    digits.to_csv(path, index=False)
+    table = script.read_test_table(Config(data_dir=str(tmp_path)))
+    assert table.rows.example_id.tolist() == [f"00{number}" for number in range(6)]
+    assert table.submission_columns == answers and not capsys.readouterr().err
+    digits.assign(**{name: "7"}).to_csv(path, index=False)
+    with pytest.raises(DataError, match=rf"row 3: {name} '7' stands already in row 2"):
+        script.read_test_table(Config(data_dir=str(tmp_path)))
+
+
+def test_other_columns_of_a_test_table_are_warned_of(tmp_path, capsys):
+    path = write_pixels(tmp_path, name="test.csv", labels=True)
+    pd.read_csv(path).assign(file="a.png").to_csv(path)
+    table = script.read_test_table(Config(data_dir=str(tmp_path)))
+    assert table.rows.example_id.tolist() == list("123456")
+    error = capsys.readouterr().err
+    assert "test.csv: the rows are numbered from 1 in the submission" in error and "(file), rename it to id" in error
+
+
+def test_pixels_may_count_from_one(tmp_path):
+    path = write_pixels(tmp_path)
+    digits = pd.read_csv(path)
+    digits.columns = ["label", *(f"pixel{number}" for number in range(1, 17))]
+    digits.to_csv(path, index=False)
+    table = script.read_train_table(Config(data_dir=str(tmp_path)))
+    assert np.array_equal(table.pixels.reshape(6, -1), pixels(6))
+
+
+def test_an_open_quote_is_named_in_a_large_table_too(tmp_path):
+    path = write_pixels(tmp_path, count=4000)
+    lines = path.read_text().splitlines()
+    lines[5] = '"' + lines[5]
+    path.write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"train.csv, row 6: .* is a quote not closed there\?"):
+        script.read_train_table(Config(data_dir=str(tmp_path)))
+
+
+def test_the_wrong_row_among_zeros_behind_points_is_named(tmp_path):
+    path = write_pixels(tmp_path)
+    floats = pd.read_csv(path).astype(dict.fromkeys(NAMES, float))
+    floats.to_csv(path, index=False)
+    assert np.array_equal(script.read_train_table(Config(data_dir=str(tmp_path))).pixels.reshape(6, -1), pixels(6))
+    floats.loc[3, "pixel9"] = np.nan
+    floats.to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"row 5: pixel9 is ''"):
+        script.read_train_table(Config(data_dir=str(tmp_path)))
+
+
 def test_pixels_become_ink_on_zero(tmp_path):
     write_pixels(tmp_path)
     table = script.read_train_table(Config(data_dir=str(tmp_path)))
@@ -79,7 +132,7 @@ def test_a_wrong_pixel_row_is_named(tmp_path, row, cells, message):
 @pytest.mark.parametrize("columns, message", [
     (NAMES[:15], r"15 pixel columns, pixel0 to pixel14, are no square image; one of 3 x 3 has pixel0 to pixel8"),
     (NAMES[1:], r"pixel1 to pixel15, are no square image"),
-    (NAMES[1:10], r"9 pixel columns, pixel1 to pixel9, are no square"),
+    (NAMES[2:11], r"9 pixel columns, pixel2 to pixel10, are no square"),
 ])
 def test_pixel_columns_that_are_no_square_are_refused(tmp_path, columns, message):
     write_pixels(tmp_path, columns=columns)
