@@ -46,6 +46,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import signal
@@ -86,7 +87,7 @@ class Config:
     """
 
     # Files
-    data_dir: str = "."                 # folder where relative train_csv, test_csv and root_dir are looked for
+    data_dir: str = "."                 # folder where relative tables and image folders are looked for
     train_csv: str = "train.csv"        # training table: image_path,label or label,pixel0,...; or torchvision:MNIST
     test_csv: str = "test.csv"          # test table: example_id,image_path or pixel0,...; evaluate: one with labels
     root_dir: str = "Dataset_Image"     # folder that the tables' image paths start from
@@ -106,7 +107,7 @@ class Config:
     checkpoint_minutes: float = 10.0    # minutes between two writings of last.pth (and at the ends of longer epochs)
 
     # Model
-    model: str = "auto"                 # a key of MODELS, torchvision:NAME, or auto: resnet on an accelerator, else cnn
+    model: str = "auto"                 # resnet, cnn, digit-cnn, mlp, tiny, torchvision:NAME, or auto: resnet or cnn
     weights: str = ""                   # start from: a checkpoint, torchvision (its pretrained ones) or a file of them
     freeze_epochs: int = 0              # epochs in which only the last layer learns
     normalize: Literal["none", "standard", "min-max"] = "none"  # mean and deviation of all pixels, or each one's range
@@ -204,9 +205,10 @@ class Config:
 # What a run writes beside model_file and submission_file.
 LAST_FILES = ("last.pth", "last.before.pth", "last.next.pth")
 TEST_PROBABILITIES = "test_probabilities.npz"
-OWN_FILES = {*LAST_FILES, TEST_PROBABILITIES, "val_probabilities.npz", "oof_probabilities.npz", "history.csv",
-             "run.json", "class_accuracy.csv", "class_accuracy.png", "class_distribution.png", "samples.png",
-             "curves.png", "confusions.png", "predictions.png"}
+JUDGEMENT_FILES = {"val_probabilities.npz", "class_accuracy.csv", "class_accuracy.png", "confusions.png",
+                   "predictions.png"}
+OWN_FILES = {*LAST_FILES, TEST_PROBABILITIES, *JUDGEMENT_FILES, "oof_probabilities.npz", "history.csv", "run.json",
+             "class_distribution.png", "samples.png", "curves.png"}
 
 # What a field's number may be: smallest and largest. A field that is not listed may be any number from 0 up.
 LIMITS = {
@@ -327,7 +329,7 @@ def check_folds(config: Config) -> None:
     if config.group_column == "label" or re.fullmatch(PIXEL, config.group_column):
         raise ValueError(f"group_column must be a column of its own, not {config.group_column!r}")
     if config.group_column and parts_of(config) == 1:
-        raise ValueError("group_column needs train_val_split at 0.5 or more, or folds")
+        raise ValueError("group_column needs train_val_split above 1/3, or folds")
 
 
 def check_setting(name: str, annotation, value) -> None:
@@ -359,6 +361,13 @@ def from_text(annotation, text: str):
         return text
 
 
+def field_comments() -> dict[str, str]:
+    """The comment behind each of Config's fields; none in a notebook's cell, whose text Python does not find."""
+    with contextlib.suppress(OSError, TypeError):
+        return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    return {}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The command line: the commands, --preset, and a flag for every Config field with its comment as help."""
     parser = argparse.ArgumentParser(prog="script.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -370,10 +379,10 @@ def make_parser() -> argparse.ArgumentParser:
                              "existing checkpoints and test_probabilities.npz, averaged (default: model_file in the "
                              "output folder); evaluate: their accuracy on the labelled rows of test_csv")
     parser.add_argument("--preset", choices=PRESETS, help="start from this recipe; other flags override it")
-    helps = dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(Config), re.MULTILINE))
+    helps = field_comments()
     for name, annotation in typing.get_type_hints(Config).items():
         default = getattr(Config, name)
-        text = f"{helps[name]} (default: {'auto' if default is None else default!r})".replace("%", "%%")
+        text = f"{helps.get(name, '')} (default: {'auto' if default is None else default!r})".replace("%", "%%")
         kinds = [getattr(kind, "__name__", kind) for kind in typing.get_args(annotation) or [annotation]]
         form = {"action": argparse.BooleanOptionalAction} if annotation is bool else {
             "type": functools.partial(from_text, annotation), "metavar": "|".join(kinds).replace("NoneType", "auto")}
@@ -2042,7 +2051,9 @@ def score(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     A class without a row among the targets does not count in the per-class mean.
     """
     true = probabilities[np.arange(len(targets)), targets]
-    among_three = (probabilities > true[:, None]).sum(axis=1) < 3
+    before = np.arange(probabilities.shape[1]) < targets[:, None]  # of equals the first comes first, as in argmax
+    ahead = (probabilities > true[:, None]) | (before & (probabilities == true[:, None]))
+    among_three = ahead.sum(axis=1) < 3
     hits = probabilities.argmax(axis=1) == targets
     counts = np.bincount(targets)
     per_class = np.bincount(targets, weights=hits)[counts > 0] / counts[counts > 0]
@@ -2083,8 +2094,11 @@ def write_content(path: Path, content: dict) -> None:
 
 def read_data(path: str | Path) -> dict:
     """A dictionary of tensors and plain values that torch saved: data, never code."""
-    with warnings.catch_warnings(action="ignore"):  # of pickles that it will refuse
-        content = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles that it will refuse
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose own text tells to load it as code
+        raise ValueError("it is no file of tensors and plain values that torch wrote") from None
     if not isinstance(content, dict):
         raise ValueError("it holds no dictionary")
     return content
@@ -2596,6 +2610,7 @@ class Learner:
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.statistics = gather_statistics(self.model)
         self.last_statistics = self.statistics.clone()
+        self.momentum = max((getattr(layer, "momentum", None) or 0.1 for layer in self.model.modules()), default=0.1)
         self.network = self.spread(InPrecision(self.model, runtime))
         self.weights = list(self.model.parameters())
         groups = [{"params": [weight for weight in self.weights if (weight.ndim > 1) == decayed],
@@ -2717,6 +2732,7 @@ class Learner:
             self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.weights, self.config.max_grad_norm or math.inf)
         self.average_ranks()
+        self.hasten_statistics()
         sound = self.sound * self.statistics.isfinite().all()
         if self.scaler.is_enabled():  # which leaves steps out by itself, while it looks for the largest scale
             self.scaler.step(self.optimizer)
@@ -2733,6 +2749,16 @@ class Learner:
             self.average.update(self.updates, sound * self.sound)
         self.updates += 1
         self.faults = (self.faults + 1 - sound) * torch.stack([torch.ones_like(sound), 1 - sound])
+
+    def hasten_statistics(self) -> None:
+        """Make the first steps' batch statistics the mean of all till now: what they start from is of no image.
+
+        Small tables have few steps, after which batch norm's own momentum would still hold much of it.
+        """
+        weight = 1 - (1 - self.momentum) ** self.config.accumulate  # of this step's
+        factor = 1 / (weight * (self.updates + 1))
+        if factor > 1 and not self.config.weights:
+            self.statistics.copy_(torch.lerp(self.last_statistics, self.statistics, factor))
 
     def average_ranks(self) -> None:
         """Give all ranks the same batch statistics, the mean of theirs, and the same opinion of the numbers."""
@@ -3786,9 +3812,19 @@ def run_one(config: Config, data: TrainingData, task: Task, started: float, take
             draw_training(folder, data, history, best.metrics["epoch"], task.symbols)
         if judged:
             write_judgement(folder, "", judged, data.classes, task.symbols, config.pictures)
+        remove_leftovers(config, judged is not None)
         keeper.discard()
         print(describe_result(config, best.metrics, history, started))
     return time.monotonic() - started
+
+
+def remove_leftovers(config: Config, judged: bool) -> None:
+    """Remove an earlier run's files whose names this one could have used and did not: they are of another network."""
+    left = set() if config.save_probabilities else {TEST_PROBABILITIES}
+    left |= set() if judged else JUDGEMENT_FILES
+    left |= set() if config.pictures else {name for name in OWN_FILES if name.endswith(".png")}
+    for name in left:
+        Path(config.output_dir, name).unlink(missing_ok=True)
 
 
 def agreed_run(config: Config, data: TrainingData, runtime: Runtime) -> dict:
@@ -3976,8 +4012,8 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     write_answers(config, table, probabilities, classes, networks)
     what = "one network" if networks == 1 else f"the mean of {networks} networks"
     print(f"wrote {folder / config.submission_file}"
-          f"{f' and {TEST_PROBABILITIES}' if config.save_probabilities else ''}: {len(table):,} rows, {what}, "
-          f"on {runtime.describe()}; {time.monotonic() - started:.1f} s")
+          f"{f' and {TEST_PROBABILITIES}' if config.save_probabilities else ''}: {len(table):,} rows of {table.path}, "
+          f"{what}, on {runtime.describe()}; {time.monotonic() - started:.1f} s")
 
 
 def evaluate_command(config: Config, checkpoints: list[str], started: float) -> None:
@@ -4103,4 +4139,5 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     with contextlib.suppress(AttributeError):  # a notebook's output is no terminal
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding does not
-    sys.exit(main())
+    if status := main(None if "__file__" in globals() else []):  # the arguments of a notebook's cell are its kernel's
+        sys.exit(status)

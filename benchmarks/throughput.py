@@ -1,6 +1,5 @@
 """Training images a second: script.py beside a reference written as its forerunners describe theirs, in one run.
 
-    pip install torchvision scikit-learn
     python -m benchmarks.throughput --data-dir COMPETITION [--models resnet cnn] [--rounds 3] [--seconds 20]
 
 The reference decodes every image with Pillow and changes it with torchvision's transforms, one by one, in the workers

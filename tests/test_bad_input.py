@@ -423,6 +423,12 @@ def test_predict_overwrites_no_file_that_it_averages(main_in_process, command):
     assert status == 2 and "would be overwritten" in error
 
 
+def test_a_table_in_place_of_a_network_is_named_without_torchs_advice(main_in_process, command):
+    for flags in (["predict", str(command.data / "train.csv")], [*QUICK, "--weights", str(command.data / "train.csv")]):
+        status, _, error = main_in_process(*flags)
+        assert status == 1 and "no file of tensors" in error and "weights_only" not in error, error
+
+
 @pytest.mark.parametrize("folder, flags", [("out", []), ("out/fold1", ["--folds", "2"])])
 def test_a_teacher_is_not_overwritten_by_its_pupil(main_in_process, command, tmp_path, folder, flags):
     teacher = tmp_path / folder / "best_model.pth"

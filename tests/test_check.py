@@ -119,6 +119,15 @@ def test_what_gives_the_label_away_is_named_with_its_evidence(checked, competiti
     assert "(always the commonest class: 20.0%)" in out
 
 
+def test_odd_columns_are_asked_too(checked, competition):
+    table = pd.read_csv(competition / "train.csv", dtype=str)
+    table["endless"], table["long"], table["twice"], table["twice "] = "inf", "9" * 400, "1", "2"
+    table.loc[:3, "endless"] = "2"
+    table.to_csv(competition / "train.csv", index=False)
+    status, out, error, _ = checked()
+    assert status == 0 and not error and "the column endless, the column long, the column twice" in out
+
+
 def test_pixel_tables_are_checked_too(tmp_path, capsys):
     data = make_pixel_competition(tmp_path / "data")
     table = pd.read_csv(data / "train.csv", dtype=str)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,28 @@ def test_evaluate_refuses_a_label_that_the_network_does_not_know(finished, tmp_p
     again = Command(command.data, tmp_path / "out", command.cache)
     done = again("evaluate", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "labelled.csv"))
     assert done.returncode == 1 and "labelled.csv, row 5: label '88' is none of the 5 classes" in done.stderr
+
+
+def test_nothing_of_an_earlier_network_stays_beside_a_new_one(command, main_in_process):
+    short = [*QUICK, "--model", "tiny"]
+    assert main_in_process(*short, "--save-probabilities", "--pictures")[0] == 0
+    assert set(os.listdir(command.output)) >= {"test_probabilities.npz", "val_probabilities.npz", "curves.png"}
+    assert main_in_process(*short, "--train-val-split", "1")[0] == 0
+    assert set(os.listdir(command.output)) == {"best_model.pth", "submission.csv", "history.csv", "run.json"}
+
+
+def test_a_notebooks_cell_runs_it_without_the_kernels_arguments(command):
+    """The text alone, as it is pasted: no file of it is there, and the settings are edited in it."""
+    text = (REPOSITORY / "script.py").read_text()
+    for name, value in (("data_dir", str(command.data)), ("output_dir", str(command.output)), ("min_steps", 1),
+                        ("cache_dir", str(command.cache)), ("model", "tiny"), ("num_epochs", 1), ("device", "cpu")):
+        text, count = re.subn(rf"(?m)^(    {name}: [^=]+ = )\S+", rf"\g<1>{value!r}", text, count=1)
+        assert count == 1
+    cell = f"import sys\nsys.argv = ['kernel.py', '-f', 'kernel.json']\n{text}\nprint('the next cell')\n"
+    kernel = [sys.executable, "-c", "import sys; exec(compile(sys.stdin.read(), '<cell>', 'exec'))"]
+    done = subprocess.run(kernel, input=cell, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and done.stdout.endswith("the next cell\n"), done.stderr
+    assert len(command.submission()) == 30
 
 
 @pytest.mark.slow

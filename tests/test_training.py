@@ -93,6 +93,33 @@ def test_score_against_figures_by_hand():
     assert uneven["val_accuracy"] == 0.5 and uneven["val_class_accuracy"] == pytest.approx(1 / 3)
 
 
+def test_of_equal_probabilities_the_first_are_the_likeliest():
+    sure = np.zeros((5, 5), dtype=np.float32)
+    sure[:, 0] = 1
+    assert script.score(sure, np.arange(5))["val_top3_accuracy"] == pytest.approx(3 / 5)
+
+
+def test_few_steps_give_batch_statistics_of_the_images():
+    data, config = small_data(), dataclasses.replace(SMALL, average_decay=0.0, accumulate=2)
+    learner = learner_of(config)
+    norm, inputs = learner.model.conv1[0][1], []
+    learner.model.conv1[0][0].register_forward_hook(lambda *seen: inputs.append(seen[-1].detach()))
+    for step in range(6):
+        learner.learn(data.batch(data.train_rows[8 * step % 32:][:8]), 1, 0.5, 0.5, update=step % 2 == 1)
+    means = torch.stack([seen.mean(dim=(0, 2, 3)) for seen in inputs])
+    weights = torch.tensor([0.9, 1.0]).div(1.9).repeat(3) / 3  # of two batches the later counts more, as ever
+    assert torch.allclose(norm.running_mean, weights @ means, atol=1e-5)
+    assert (norm.running_var > 0).all()
+
+
+def test_statistics_that_a_training_starts_from_are_kept():
+    data, (new, old) = small_data(), (learner_of(dataclasses.replace(SMALL, weights=name)) for name in ("", "a.pth"))
+    for learner in (new, old):
+        learner.learn(data.batch(data.train_rows[:8]), 1, 0.5)
+    first, second = (learner.model.conv1[0][1].running_var for learner in (new, old))
+    assert torch.allclose(second, 0.9 + 0.1 * first, atol=1e-5)
+
+
 def test_top_3_counts_what_is_among_the_three_likeliest():
     probabilities = np.array([[0.4, 0.3, 0.2, 0.1]] * 4)
     assert script.score(probabilities, np.array([0, 1, 2, 3]))["val_top3_accuracy"] == 0.75

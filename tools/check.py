@@ -95,10 +95,11 @@ def clues(table: script.Table) -> pd.DataFrame:
         found["the file's folder"] = names.str.rpartition("/")[0].factorize()[0]
     whole = script.read_csv(Path(table.path), ("label",), usecols=lambda name: not re.fullmatch(script.PIXEL, name))
     whole.columns = whole.columns.str.strip()
+    whole = whole.loc[:, ~whole.columns.duplicated()]
     for name in whole.columns.drop(["label", "image_path"], errors="ignore"):
         column = whole[name].iloc[: len(table)]
-        numbers = pd.to_numeric(column, errors="coerce")
-        found[f"the column {name}"] = numbers if numbers.notna().all() else column.factorize()[0]
+        numbers = pd.to_numeric(column, errors="coerce").astype(float)
+        found[f"the column {name}"] = numbers if np.isfinite(numbers).all() else column.factorize()[0]
     return pd.DataFrame(found).reset_index(drop=True)
 
 
@@ -149,13 +150,15 @@ def check(given: argparse.Namespace) -> int:
     lines = describe_same(found) if len(found) else ["no two images have the same pixels"]
     for (part, table), own in zip(tables, images):
         lines += describe_blank(part, table, own)
-    print("\n".join([*lines, *describe_clues(clues(train), train.rows.label)]))
+    print("\n".join(lines), flush=True)
+    print("\n".join(describe_clues(clues(train), train.rows.label)))
     print(f"wrote same_images.csv in {given.output_dir.resolve()}")
     return bad
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.check", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tools.check", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(script.Config):
         if field.name in ("data_dir", "train_csv", "test_csv", "root_dir", "cache_dir"):
             parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help="as for script.py")

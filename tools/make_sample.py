@@ -95,7 +95,8 @@ def draw_all() -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m tools.make_sample", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, nargs="?", default=pathlib.Path("."))
     out = parser.parse_args().out
     with matplotlib.rc_context({"path.simplify": False, "agg.path.chunksize": 0}):

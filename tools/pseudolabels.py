@@ -2,7 +2,7 @@
 
     python script.py predict a.pth b.pth --data-dir COMPETITION --save-probabilities
     python -m tools.pseudolabels test_probabilities.npz --data-dir COMPETITION [--least 0.95] [--output extra.csv]
-    python script.py --data-dir COMPETITION --extra-csv extra.csv --extra-weight 0.5
+    python script.py --data-dir COMPETITION --extra-csv "$PWD/extra.csv" --extra-weight 0.5
 
 Joins the test table with the probabilities by id, and writes each row whose likeliest class has at least that
 probability: image_path and label, or label and pixels where the table holds pixels. What a network is surely wrong

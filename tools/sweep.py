@@ -3,16 +3,17 @@
     python -m tools.sweep --data-dir DIGITS --preset digits-mlp
     python -m tools.sweep --data-dir COMPETITION --learning-rate 0.001,0.01 --batch-size 32,64 --sweep-dir sweep
 
-Every flag is one of script.py's; one with commas in it is swept over, all others hold for every cell. Without any, the
-rates 0.001, 0.01, 0.1, 0.5, 1.0 are crossed with batches of 32, 64, 128, 256, 512, but for what a flag says. The data
-is read once and stays in memory, at the largest size that a cell sees. A cell that is in sweep.csv is not trained
-again, so a sweep that was stopped goes on where it was; one whose settings or training table changed is refused. A cell
-that diverges is a row too. Writes into --sweep-dir
+Flags are script.py's, but for those that mean nothing here; one with commas in it is swept over, all others hold for
+every cell. Without any, the rates 0.001, 0.01, 0.1, 0.5, 1.0 are crossed with batches of 32, 64, 128, 256, 512, but for
+what a flag says. The data is read once and stays in memory, at the largest size that a cell sees. A cell that is in
+sweep.csv is not trained again, so a sweep that was stopped goes on where it was; one whose settings or training table
+changed is refused. A cell that diverges is a row too. Writes into --sweep-dir
 
     sweep.csv     a row a cell: its settings, the last epoch's figures, its seconds, and what went wrong
     history.csv   a row an epoch of each cell
     curves.png    loss and accuracy, of training and of validation, by epoch
     heat_map.png  the validation accuracy over the first two settings
+    sweep.json    what the cells share, by which a sweep that goes on is known
 
 and prints the ranking. The validation rows rank the cells, so the best cell's own figure flatters it a little.
 """
@@ -210,8 +211,8 @@ def run(folder: Path, flags: list[str], started: float) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     started = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="python -m tools.sweep", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep-dir", type=Path, default=Path("sweep"), help="folder of what is written")
     given, flags = parser.parse_known_args(argv)
     return script.exit_status(lambda _: run(given.sweep_dir, flags, started),
