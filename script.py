@@ -1348,10 +1348,9 @@ def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
             with contextlib.suppress(Exception):  # what is no EXIF turns nothing
                 image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 bits a pixel or more, which convert("L") would clip
-        deep = np.asarray(image, dtype=np.float64)
-        most = np.nan_to_num(deep).max()
-        scaled = deep * 255 if image.mode == "F" and most <= 1 else deep // 257 if most > 255 else deep
-        return np.nan_to_num(scaled).clip(0, 255).astype(np.uint8), None
+        deep = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        shares, eight_bits = image.mode == "F" and deep.max() <= 1, deep.max() < 512  # resampling may overshoot 255
+        return (deep * 255 if shares else deep if eight_bits else deep // 257).clip(0, 255).astype(np.uint8), None
     if "A" in image.getbands() or "transparency" in image.info:
         grey, alpha = image.convert("RGBA").convert("LA").split()
         return np.asarray(grey), np.asarray(alpha)
