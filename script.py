@@ -3138,7 +3138,6 @@ class Question:
             self.prepared = None
             with self.runtime.ranks.in_turn():
                 self.prepared = statistics, prepare_rows(self.table, self.rows, self.config, statistics, self.runtime)
-            warn_of_other_paper(self.table, self.config, statistics)
         return self.prepared[1]
 
 
@@ -3285,6 +3284,7 @@ def prepare_rows(table: Table, rows: np.ndarray, config: Config, statistics: Ima
                  runtime: Runtime) -> MathSymbolDataset:
     """These rows of a table as a dataset, its images prepared by the statistics."""
     images = load_all_images([table], config, statistics)[0]
+    warn_of_other_paper(table, config, statistics)
     return MathSymbolDataset(images if len(rows) == len(images) else images[rows], None, runtime, config.pin_memory)
 
 

@@ -375,7 +375,7 @@ def test_bad_group_columns_are_one_line(folded, tmp_path, capsys, change, flags,
     (["--folds", "5", "--train-val-split", "1"], "train_val_split must not be 1"),
     (["--group-column", "label"], "group_column must be a column of its own, not 'label'"),
     (["--group-column", "pixel3"], "group_column must be a column of its own, not 'pixel3'"),
-    (["--group-column", "writer", "--train-val-split", "0.3"], "group_column needs train_val_split at 0.5 or more"),
+    (["--group-column", "writer", "--train-val-split", "0.3"], "group_column needs train_val_split above 1/3"),
     (["predict", "--folds", "5"], "--folds has no effect on predict"),
 ])
 def test_wrong_settings_are_refused_by_name(argv, message, capsys):
