@@ -664,11 +664,18 @@ class Runtime:
         return f"{self.device} ({name}), {self.precision}, {torch.get_num_threads()} CPU threads{many}"
 
 
+def send(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device; to a GPU from page-locked memory, so that nobody waits for it."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
 def start_runtime(config: Config) -> Runtime:
     """Choose device and precision, and prove the device with a real operation.
 
     Raises DataError for a device that was asked for and does not work.
     """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS first multiplies
     device = choose_device(config.device)
     precision = config.precision if config.precision != "auto" else best_precision(device)
     if precision == "fp16" and device.type == "cpu":
@@ -677,7 +684,6 @@ def start_runtime(config: Config) -> Runtime:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = not config.deterministic  # which takes the algorithm that is fastest today
         if config.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
     if device.type == "cpu":
         keep_freed_memory()
@@ -1616,7 +1622,7 @@ class MathSymbolDataset(torch.utils.data.Dataset):
 
         From the host they are gathered while the device still computes: nothing in a step waits for it.
         """
-        index = torch.from_numpy(rows).to(self.images.device)
+        index = send(torch.from_numpy(rows), self.images.device)
         picked = self.images.index_select(0, index), self.targets.index_select(0, index)
         if self.pin_memory:
             picked = tuple(part.pin_memory() for part in picked)
@@ -1657,7 +1663,7 @@ class Draws:
     def __init__(self, seed: int, device: torch.device, part: Part | None = None):
         self.generator, self.total, self.places = torch.Generator(device).manual_seed(seed), None, None
         if part and len(part.places) != part.total:
-            self.total, self.places = part.total, torch.from_numpy(part.places).to(device)
+            self.total, self.places = part.total, send(torch.from_numpy(part.places), device)
 
     def uniform(self, count: int, low: float, high: float, *shape: int) -> Tensor:
         """Numbers from low to high [count, ...]."""
@@ -2239,6 +2245,7 @@ class RunKeeper:
                  stops: StopSignals | None = None, ranks: Ranks = Ranks()):
         self.config, self.path, self.about, self.stops = config, path, about or {}, stops or StopSignals()
         self.found, self.started, self.saved, self.ranks = None, time.monotonic(), time.monotonic(), ranks
+        self.took = 0.0  # seconds of the last writing
         if path and config.resume:
             self.found = ranks.ask_first(self.find)
 
@@ -2313,13 +2320,17 @@ class RunKeeper:
         return bool(self.path) and time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
 
     def save(self, learner: "Learner", progress: Progress, pace: "Pace", least: float = 0.0) -> None:
-        """Keep a state in memory, and on the disk, where the one before it stays, if that is `least` seconds ago."""
-        progress.trained = pace.spent
+        """Keep a state in memory, and on the disk, where the one before it stays, if that is `least` seconds ago.
+
+        Or more, so that writing takes no more than a twentieth of the time; 0 is at once.
+        """
+        progress.trained, begun = pace.spent, time.monotonic()
         self.remember(learner, progress)
-        if self.path and time.monotonic() - self.saved >= least:
+        if self.path and begun - self.saved >= (least and max(least, 20 * self.took)):
             if self.ranks.rank == 0:
                 self.write()
             self.saved = time.monotonic()
+            self.took = self.saved - begun
 
     def write(self) -> None:
         """Write the state that is kept to last.pth; the one before it stays beside it."""
@@ -2420,7 +2431,7 @@ class TrainingData:
     def batch(self, rows: np.ndarray, part: Part | None = None) -> Batch:
         """The step on these rows, or a rank's part of it."""
         own = rows[part.places] if part else rows
-        taught, weights = (None if known is None else known[torch.from_numpy(own).to(known.device)]
+        taught, weights = (None if known is None else known[send(torch.from_numpy(own), known.device)]
                            for known in (self.taught, self.weights))
         return Batch(*self.dataset.batch(own), taught, weights, part)
 
@@ -2494,6 +2505,7 @@ def schedule_factor(config: Config, progress: float) -> float:
 
 
 FAULT_LIMIT = 10   # steps in a row without finite numbers, after which training goes back
+LEAST_SCALE = 1e-4  # of fp16's losses: halved so often, gradients are not too large for it but no numbers
 FAULT_STEPS = 50   # steps between two looks at them, for which the device is waited for
 
 
@@ -2535,9 +2547,9 @@ def step_if_sound(optimizer: torch.optim.Optimizer, sound: Tensor) -> None:
 
 
 def gather_statistics(model: nn.Module) -> Tensor:
-    """Make all float buffers, as batch norm's are, parts of one vector, which can be looked after in one go."""
+    """Make batch norm's float buffers parts of one vector, which can be looked after in one go."""
     places = [(layer, name, buffer) for layer in model.modules() for name, buffer in layer.named_buffers(recurse=False)
-              if buffer.is_floating_point()]
+              if buffer.is_floating_point() and not isinstance(layer, Normalize)]  # whose values stay what they are
     if not places:
         return torch.zeros(0, device=next(model.parameters()).device)
     together = torch.cat([buffer.flatten() for *_, buffer in places])
@@ -2597,6 +2609,9 @@ def make_optimizer(config: Config, groups: list[dict], fused: bool) -> torch.opt
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, **options)
 
 
+SMALLEST_PART = 64  # images of a rank, from which on their own mean and deviation are good enough for batch norm
+
+
 class Learner:
     """The network in training, with its optimizer and its averaged weights."""
 
@@ -2605,7 +2620,8 @@ class Learner:
         self.model, self.updates, self.dropouts = model, 0, []
         if runtime.ranks.joined:
             self.dropouts = share_dropout(self.model)
-            if runtime.device.type == "cuda":  # the only one that it trains on
+            # It trains on GPUs alone, and waits for them three times a layer: for parts that are too small without.
+            if runtime.device.type == "cuda" and config.batch_size < SMALLEST_PART * runtime.ranks.count:
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.statistics = gather_statistics(self.model)
         self.last_statistics = self.statistics.clone()
@@ -2633,7 +2649,8 @@ class Learner:
                 **{own_statistics: False})  # the name changed with torch 2.13; average_ranks sees to them
         elif self.runtime.gpus > 1 and self.config.batch_size >= 8 * self.runtime.gpus:  # batch norm needs several
             network = nn.DataParallel(network)
-        return torch.compile(network) if self.config.compile else network
+        # An epoch's steps have two sizes; told that they may be any, the compiler gives up what it knows of each.
+        return torch.compile(network, dynamic=False) if self.config.compile else network
 
     @property
     def result(self) -> nn.Module:
@@ -2667,7 +2684,8 @@ class Learner:
 
     def check_faults(self) -> None:
         """Raise Setback if the numbers have gone wrong for good. Waits for the device."""
-        if self.faults[1] >= FAULT_LIMIT or not self.sound:
+        lost = self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE
+        if self.faults[1] >= FAULT_LIMIT or lost or not self.sound:
             raise Setback
 
     def slow_down(self) -> None:
@@ -3007,8 +3025,8 @@ def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config
     The config is the network's own, for its input. Raises DataError where the model gives no numbers.
     """
     model.eval()
-    own, parts = runtime.ranks.part(len(rows)).places, []
-    for places in np.array_split(own, math.ceil(len(own) / runtime.eval_batch_size)) if len(own) else ():
+    own, parts, size = runtime.ranks.part(len(rows)).places, [], runtime.eval_batch_size
+    for places in (own[first : first + size] for first in range(0, len(own), size)):
         with runtime.autocast():
             parts.append(model(to_input(dataset.batch(rows[places])[0], config)).float().cpu())
     width, = runtime.ranks.agree(parts[0].shape[1] if parts else 0)  # a rank may have no row

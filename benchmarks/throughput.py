@@ -61,8 +61,7 @@ class Reference:
         """Train so many steps; gives the number of images."""
         self.model.train()
         for _ in range(steps):
-            self.batches = self.batches or iter(self.loader)
-            images, classes = (part.to(self.device) for part in next(self.batches))
+            images, classes = (part.to(self.device) for part in self.next_batch())
             share, order = float(np.random.beta(0.4, 0.4)), torch.randperm(len(images), device=self.device)
             logits = self.model(share * images + (1 - share) * images[order])
             loss = share * F.cross_entropy(logits, classes) + (1 - share) * F.cross_entropy(logits, classes[order])
@@ -73,6 +72,14 @@ class Reference:
             loss.item(), (logits.argmax(1) == classes).sum().item()
         return 32 * steps
 
+    def next_batch(self) -> list[torch.Tensor]:
+        """The loader's next images and classes; after its last, those of another epoch."""
+        batch = next(self.batches, None) if self.batches else None
+        if batch is None:
+            self.batches = iter(self.loader)
+            batch = next(self.batches)
+        return batch
+
 
 class Ours:
     """script.py's own step, on its own batches."""
@@ -80,7 +87,8 @@ class Ours:
     def __init__(self, config: script.Config, data: script.TrainingData, runtime: script.Runtime):
         model = script.start_model(config, data, runtime)
         self.learner, self.data, self.place = script.Learner(config, model, len(data.classes), runtime), data, 0
-        self.steps = script.epoch_steps(data.train_rows, config, 1)
+        steps = script.epoch_steps(data.train_rows, config, 1)
+        self.steps = [rows for rows in steps if len(rows) == len(steps[0])]  # another size is tuned and compiled anew
         self.learner.model.train()
 
     def run(self, steps: int) -> int:

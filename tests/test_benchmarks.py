@@ -121,17 +121,19 @@ def test_the_gpu_run_ends_in_a_table_whatever_fails(tmp_path):
 case "$2" in
 benchmarks.time_to_accuracy) echo "[  1.0 s] epoch"; echo "80 %: 7 s from the start"; echo "whole command: 55 s" ;;
 benchmarks.ensemble) echo "no such checkpoint" >&2; exit 1 ;;
+benchmarks.ranks) echo "[  1.0 s] epoch   1/2"; echo "[  2.0 s] epoch   2/2"; exit 124 ;;
 benchmarks.throughput) echo "  median: ours 9 images/s, ratio 20.5" ;;
 -c) echo "torch 0" ;;
 esac
 """)
     stub.chmod(0o755)
-    done = subprocess.run([REPOSITORY / "benchmarks" / "gpu.sh", tmp_path, stub], capture_output=True, text=True,
-                          timeout=60)
+    done = subprocess.run([REPOSITORY / "benchmarks" / "gpu.sh", ".", "./python"], capture_output=True, text=True,
+                          timeout=60, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = done.stdout[done.stdout.index("| what | figure |"):]
     for row in ("| resnet, seed 2 | whole command: 55 s |", "| resnet, three averaged | ended with status 1 |",
                 "| resnet, speed | median: ours 9 images/s, ratio 20.5 |",
+                "| resnet, one rank of torchrun beside none | [  2.0 s] epoch   2/2 |",
                 "| cnn, seed 0 | 80 %: 7 s from the start |"):
         assert row in table
     assert "no such checkpoint" in done.stdout

@@ -474,7 +474,7 @@ def test_select_by_loss_and_no_validation_rows(tmp_path):
 
 def test_compile_wraps_what_is_trained_and_leaves_the_checkpoint_plain(tmp_path, monkeypatch):
     wrapped = []
-    monkeypatch.setattr(torch, "compile", lambda network: wrapped.append(network) or network)
+    monkeypatch.setattr(torch, "compile", lambda network, **_: wrapped.append(network) or network)
     config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=1, compile=True)
     script.fit(config, small_data(), CPU)
     assert len(wrapped) == 1 and isinstance(wrapped[0], script.InPrecision)
