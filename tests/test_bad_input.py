@@ -383,7 +383,7 @@ def test_bad_images_are_skipped_where_that_is_asked_for(main_in_process, command
         assert "89 rows to train on, 10 to validate on" in out or "90 rows to train on, 9 to validate on" in out
         assert "2 of 30 rows of " in error and "the most frequent answer" in error
         answers = command.submission().label
-        assert len(answers) == 30 and answers[3] == answers[9] == answers.drop([3, 9]).mode()[0]
+        assert len(answers) == 30 and answers[3] == answers[9] and answers[3] in set(answers.drop([3, 9]).mode())
     status, _, error = main_in_process("predict", str(command.output / "best_model.pth"))
     assert status == 1 and "2 images cannot be used" in error
     status, _, error = main_in_process("predict", str(command.output / "best_model.pth"), "--on-bad-image", "skip")
