@@ -664,8 +664,9 @@ class Runtime:
         return f"{self.device} ({name}), {self.precision}, {torch.get_num_threads()} CPU threads{many}"
 
 
-def send(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host on a device; to a GPU from page-locked memory, so that nobody waits for it."""
+def send(numbers: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on a device; to a GPU from page-locked memory, so that nobody waits for it."""
+    values = torch.from_numpy(numbers)
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
@@ -813,19 +814,6 @@ def is_alive(process: int) -> bool:
     return True
 
 
-def input_files(config: Config) -> list[Path]:
-    """The files that a run reads and must leave as they are: its tables, what lies beside them, and its teachers."""
-    tables = [Path(name) for name in (config.train_csv, config.test_csv, config.extra_csv) if name]
-    beside = [table.with_name(name) for table in tables for name in ("classes.csv", "sample_submission.csv")]
-    return [*(Path(config.data_dir, name) for name in (*tables, *beside)), *teacher_files(config)]
-
-
-def teacher_files(config: Config) -> list[Path]:
-    """The checkpoints that `teachers` names, those of this fold where it is trained in folds."""
-    names = config.teachers.replace("{fold}", str(config.fold)) if config.folds else config.teachers
-    return [Path(path.strip()) for path in names.split(",") if path.strip()]
-
-
 def check_not_read(folder: Path, written: Iterable[str], read: Iterable[Path]) -> None:
     """Raise UsageError where one of the files to be written into a folder is one of those that are read."""
     for path in (folder / name for name in written):
@@ -888,6 +876,13 @@ def open_table(config: Config, name: str, column: str, part: Literal["train", "t
     columns = ("image_path", "label") if column == "label" else (column, "image_path")
     rows = read_table(path, columns + (group,) * (group not in (*columns, "")))
     return Table(str(path), rows, faults=path_faults(rows.image_path, Path(config.data_dir, config.root_dir)))
+
+
+def input_files(config: Config) -> list[Path]:
+    """The files that a run reads and must leave as they are: its tables, what lies beside them, and its teachers."""
+    tables = [Path(name) for name in (config.train_csv, config.test_csv, config.extra_csv) if name]
+    beside = [table.with_name(name) for table in tables for name in ("classes.csv", "sample_submission.csv")]
+    return [*(Path(config.data_dir, name) for name in (*tables, *beside)), *teacher_files(config)]
 
 
 def path_faults(names: pd.Series, root: Path) -> dict[int, str]:
@@ -992,10 +987,15 @@ def pixel_table(path: Path, header: pd.Index, column: str, group: str = "") -> T
 
 
 def id_column(path: Path, header: pd.Index) -> str:
-    """The column of a pixel table that holds the rows' ids, empty where there is none; others are warned of."""
+    """The column of a pixel table that holds the rows' ids, empty where there is none; others are warned of.
+
+    Raises DataError where it may be one or another.
+    """
     others = [name for name in header if not re.fullmatch(PIXEL + r"|Unnamed: \d+|(?i:label)", name)]
-    ids = [name for name in ("example_id", "ImageId") if name in others]
+    ids = [name for name in ("example_id", "ImageId") if name in others][:1]
     ids = ids or [name for name in others if re.fullmatch(r"(?i)(.*[ _])?id", name)]
+    if len(ids) > 1:
+        raise DataError(f"{path}: the rows' ids may stand in {' or in '.join(ids)}; rename the right one to example_id")
     if others and not ids:
         warn(f"{path}: the rows are numbered from 1 in the submission; if one of its other columns holds their ids "
              f"({', '.join(others[:5])}), rename it to id")
@@ -1067,8 +1067,7 @@ def check_columns(path: Path, found: pd.Index, wanted: tuple[str, ...]) -> None:
     for name in wanted:
         if name not in found:
             near = difflib.get_close_matches(name, found, 1, 0.7)
-            hint = (f"rename {near[0]!r}" if near else "rename the column that holds it, or name a labelled table"
-                    if name == "label" else "rename the column that holds it")
+            hint = f"rename {near[0]!r}" if near else "rename the column that holds it, or name another table"
             hint = hint if len(found) > 1 else "is it separated by commas?"
             names = ", ".join(found[:20]) + (", ..." if len(found) > 20 else "")
             raise DataError(f"{path}: no column {name!r} in its header ({names}); {hint}")
@@ -1622,7 +1621,7 @@ class MathSymbolDataset(torch.utils.data.Dataset):
 
         From the host they are gathered while the device still computes: nothing in a step waits for it.
         """
-        index = send(torch.from_numpy(rows), self.images.device)
+        index = send(rows, self.images.device)
         picked = self.images.index_select(0, index), self.targets.index_select(0, index)
         if self.pin_memory:
             picked = tuple(part.pin_memory() for part in picked)
@@ -1663,7 +1662,7 @@ class Draws:
     def __init__(self, seed: int, device: torch.device, part: Part | None = None):
         self.generator, self.total, self.places = torch.Generator(device).manual_seed(seed), None, None
         if part and len(part.places) != part.total:
-            self.total, self.places = part.total, send(torch.from_numpy(part.places), device)
+            self.total, self.places = part.total, send(part.places, device)
 
     def uniform(self, count: int, low: float, high: float, *shape: int) -> Tensor:
         """Numbers from low to high [count, ...]."""
@@ -2431,7 +2430,7 @@ class TrainingData:
     def batch(self, rows: np.ndarray, part: Part | None = None) -> Batch:
         """The step on these rows, or a rank's part of it."""
         own = rows[part.places] if part else rows
-        taught, weights = (None if known is None else known[send(torch.from_numpy(own), known.device)]
+        taught, weights = (None if known is None else known[send(own, known.device)]
                            for known in (self.taught, self.weights))
         return Batch(*self.dataset.batch(own), taught, weights, part)
 
@@ -3239,6 +3238,12 @@ def choose_weights(members: list[Member], config: Config, runtime: Runtime) -> n
         raise UsageError(f"--member-weights {config.member_weights}: {len(shares)} numbers for {len(members)} files; "
                          "name one for each")
     return np.array(shares)
+
+
+def teacher_files(config: Config) -> list[Path]:
+    """The checkpoints that `teachers` names, those of this fold where it is trained in folds."""
+    names = config.teachers.replace("{fold}", str(config.fold)) if config.folds else config.teachers
+    return [Path(path.strip()) for path in names.split(",") if path.strip()]
 
 
 def ask_teachers(config: Config, data: TrainingData, runtime: Runtime) -> Tensor | None:

@@ -26,8 +26,10 @@ measure() {
     timeout "$left" "$python" -m "benchmarks.$@" >"$folder/log" 2>"$folder/errors" || status=$?
     cat "$folder/log"
     [ "$status" = 0 ] || tail -n 3 "$folder/errors"
-    { [ "$status" = 0 ] || echo "ended with status $status"  # 124: no time was left
-      [ "$status" = 0 ] || grep -E '^\[.*\] epoch ' "$folder/log" | tail -n 1 || true
+    { if [ "$status" != 0 ]; then
+          echo "ended with status $status"  # 124: no time was left
+          grep -E '^\[.*\] epoch ' "$folder/log" | tail -n 1 || true
+      fi
       grep -E '^(80|85) %|^whole command|^averaging|probabilities|median|peak memory' "$folder/log" || true
     } | sed "s/^ */$name|/" >>"$folder/table"
 }

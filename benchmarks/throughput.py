@@ -14,6 +14,7 @@ counts them, against those of the product.
 import argparse
 import contextlib
 import io
+import itertools
 import os
 import time
 
@@ -50,18 +51,19 @@ class Reference:
     """The forerunners' loop."""
 
     def __init__(self, config: script.Config, data: script.TrainingData, paths: list[str], runtime: script.Runtime):
-        self.device, self.batches = runtime.device, None
+        self.device = runtime.device
         self.model = script.build_model(config, len(data.classes)).to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-4, weight_decay=2e-5)
         workers = min(4, len(os.sched_getaffinity(0)))
         self.loader = DataLoader(ReferenceDataset(paths, data.targets, config.image_size), batch_size=32, shuffle=True,
                                  num_workers=workers, pin_memory=self.device.type == "cuda", drop_last=True)
+        self.batches = itertools.chain.from_iterable(itertools.repeat(self.loader))  # epoch after epoch
 
     def run(self, steps: int) -> int:
         """Train so many steps; gives the number of images."""
         self.model.train()
         for _ in range(steps):
-            images, classes = (part.to(self.device) for part in self.next_batch())
+            images, classes = (part.to(self.device) for part in next(self.batches))
             share, order = float(np.random.beta(0.4, 0.4)), torch.randperm(len(images), device=self.device)
             logits = self.model(share * images + (1 - share) * images[order])
             loss = share * F.cross_entropy(logits, classes) + (1 - share) * F.cross_entropy(logits, classes[order])
@@ -71,14 +73,6 @@ class Reference:
             self.optimizer.step()
             loss.item(), (logits.argmax(1) == classes).sum().item()
         return 32 * steps
-
-    def next_batch(self) -> list[torch.Tensor]:
-        """The loader's next images and classes; after its last, those of another epoch."""
-        batch = next(self.batches, None) if self.batches else None
-        if batch is None:
-            self.batches = iter(self.loader)
-            batch = next(self.batches)
-        return batch
 
 
 class Ours:

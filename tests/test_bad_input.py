@@ -95,7 +95,7 @@ FAULTS = {
     "no rows": (edit("test.csv", lambda text: text.splitlines()[0]), "test.csv: the table has a header and no rows"),
     "no rows to train on": (edit("train.csv", lambda text: text.splitlines()[0]), "train.csv: the table has a header"),
     "no label column": (edit("train.csv", lambda text: text.replace("label", "class", 1)), "no column 'label' in its "
-                        "header (image_path, class); rename the column that holds it"),
+                        "header (image_path, class); rename the column that holds it, or"),
     "no id column": (edit("test.csv", lambda text: text.replace("example_id", "id", 1)), "no column 'example_id'"),
     "no path column": (edit("test.csv", lambda text: text.replace("image_path", "file", 1)), "no column 'image_path'"),
     "two label columns": (edit("train.csv", lambda text: "\n".join(

@@ -60,6 +60,16 @@ def test_ids_go_by_the_usual_names_too(tmp_path, capsys, name, answers):
         script.read_test_table(Config(data_dir=str(tmp_path)))
 
 
+def test_two_columns_that_may_hold_the_ids_are_refused(tmp_path):
+    path = write_pixels(tmp_path, name="test.csv", labels=False)
+    digits = pd.read_csv(path).assign(user_id=7, image_id=range(6))
+    digits.to_csv(path, index=False)
+    with pytest.raises(DataError, match=r"may stand in user_id or in image_id; rename the right one to example_id"):
+        script.read_test_table(Config(data_dir=str(tmp_path)))
+    digits.rename(columns={"image_id": "example_id"}).to_csv(path, index=False)
+    assert script.read_test_table(Config(data_dir=str(tmp_path))).rows.example_id.tolist() == list("012345")
+
+
 def test_other_columns_of_a_test_table_are_warned_of(tmp_path, capsys):
     path = write_pixels(tmp_path, name="test.csv", labels=True)
     pd.read_csv(path).assign(file="a.png").to_csv(path)

@@ -112,6 +112,24 @@ def test_few_steps_give_batch_statistics_of_the_images():
     assert (norm.running_var > 0).all()
 
 
+def test_a_scale_that_falls_to_nothing_is_a_fault():
+    learner = learner_of(SMALL)
+    learner.check_faults()
+    learner.scaler = torch.amp.GradScaler("cpu", init_scale=1e-5)
+    with pytest.raises(script.Setback):
+        learner.check_faults()
+
+
+def test_writing_takes_a_small_share_of_the_time(tmp_path):
+    learner, keeper = learner_of(SMALL), script.RunKeeper(SMALL, tmp_path / "last.pth")
+    keeper.saved, keeper.took = time.monotonic() - 30, 2.0  # seconds ago, and how long it took
+    keeper.save(learner, script.Progress(), Pace(10), least=10)
+    assert not keeper.files[0].exists()
+    keeper.took = 1.0
+    keeper.save(learner, script.Progress(), Pace(10), least=10)
+    assert keeper.files[0].exists() and keeper.took < 1
+
+
 def test_statistics_that_a_training_starts_from_are_kept():
     data, (new, old) = small_data(), (learner_of(dataclasses.replace(SMALL, weights=name)) for name in ("", "a.pth"))
     for learner in (new, old):
