@@ -3591,7 +3591,7 @@ def plot_curves(path: Path, history: pd.DataFrame, kept: int) -> None:
     panels[2].plot(history.epoch, history.learning_rate, "o-", color="#228833")
     panels[2].set(title="learning rate at the epoch's end", xlabel="epoch", yscale="log")
     for axes in panels:
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # one epoch has one
     save_figure(path, figure)
 
 
@@ -3651,8 +3651,9 @@ def plot_class_accuracy(path: Path, table: pd.DataFrame, names: list[str]) -> No
     right.bar(range(len(worst)), 100 * worst.accuracy, color="#ee6677")
     label_bars(right, worst.name.tolist())
     right.set(title="each class" if len(worst) == len(table) else
-              f"the {len(worst)} that hold {worst.mistakes.sum() / max(table.mistakes.sum(), 1):.0%} of the mistakes",
-              ylabel="accuracy in %", ylim=(100 * worst.accuracy.min() - 1 if worst.accuracy.min() > 0.9 else 0, 100))
+              f"classes with {worst.mistakes.sum() / max(table.mistakes.sum(), 1):.0%} of the mistakes: {len(worst)}",
+              xlim=(-0.6, max(len(worst), 8) - 0.4), ylabel="accuracy in %",
+              ylim=(100 * worst.accuracy.min() - 1 if worst.accuracy.min() > 0.9 else 0, 100))
     save_figure(path, figure)
 
 
