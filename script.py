@@ -191,7 +191,8 @@ class Config:
             raise ValueError(f"milestones must be epochs with commas between them, not {self.milestones!r}")
         needy = "schedule plateau" if self.schedule == "plateau" else "early_stopping" if self.early_stopping else ""
         if needy and self.train_val_split == 1:
-            raise ValueError(f"{needy} needs validation rows: set train_val_split below 1")
+            remedy = "take another schedule" if self.schedule == "plateau" else "set early_stopping to 0"
+            raise ValueError(f"{needy} needs validation rows: set train_val_split below 1, or {remedy}")
         check_folds(self)
         for name in ("model_file", "submission_file"):
             if not getattr(self, name) or Path(getattr(self, name)).name != getattr(self, name):
@@ -879,10 +880,10 @@ def open_table(config: Config, name: str, column: str, part: Literal["train", "t
 
 
 def input_files(config: Config) -> list[Path]:
-    """The files that a run reads and must leave as they are: its tables, what lies beside them, and its teachers."""
+    """The files that a run reads and must leave as they are: its tables, what lies beside them, weights, teachers."""
     tables = [Path(name) for name in (config.train_csv, config.test_csv, config.extra_csv) if name]
     beside = [table.with_name(name) for table in tables for name in ("classes.csv", "sample_submission.csv")]
-    return [*(Path(config.data_dir, name) for name in (*tables, *beside)), *teacher_files(config)]
+    return [*(Path(config.data_dir, name) for name in (*tables, *beside)), Path(config.weights), *teacher_files(config)]
 
 
 def path_faults(names: pd.Series, root: Path) -> dict[int, str]:
@@ -2143,12 +2144,17 @@ def save_checkpoint(path: Path, trained: Trained) -> None:
         "image_statistics": dataclasses.asdict(trained.statistics), "metrics": trained.metrics, "versions": versions()})
 
 
+def saved_config(content: dict) -> Config:
+    """The config that a checkpoint holds, without what earlier versions of it had."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    return Config(**{name: value for name, value in content["config"].items() if name in known})
+
+
 def load_checkpoint(path: Path) -> Trained:
     """Read a checkpoint as data, never as code. Raises DataError for a file that is not a whole checkpoint of ours."""
     try:
         content = read_content(path)
-        known = {field.name for field in dataclasses.fields(Config)}
-        config = Config(**{name: value for name, value in content["config"].items() if name in known})
+        config = saved_config(content)
         model = build_model(config, len(content["classes"]))
         model.load_state_dict(content["model"])
         if content.get("memory"):
@@ -2177,11 +2183,20 @@ def read_weights(config: Config, classes: list[str]) -> dict[str, Tensor]:
     if "classes" in state:  # a checkpoint of ours
         state = read_content(config.weights)
         left_out = ("normalize.",) if state["classes"] == classes else ("normalize.", "head.")
+        if state["classes"] == classes:
+            warn_of_seen_rows(saved_config(state), config)
         return {key: value for key, value in state["model"].items() if not key.startswith(left_out)}
     if config.model in MODELS:
         raise ValueError("it is no checkpoint of script.py")
     state = torchvision_model(config, len(classes), state).state_dict()
     return {key: value for key, value in state.items() if key.startswith("body.")}
+
+
+def warn_of_seen_rows(other: Config, config: Config) -> None:
+    """Say so where the checkpoint to start from, of this other config, left other rows to validation."""
+    if split_settings(other) != split_settings(config) and config.train_val_split < 1:
+        warn(f"--weights {config.weights}: was trained with {describe_split(other)}; if on these images, it has seen "
+             "rows that validate now, and their accuracy comes out too high")
 
 
 def load_weights(model: nn.Module, config: Config, classes: list[str]) -> None:
@@ -3835,19 +3850,19 @@ def run_one(config: Config, data: TrainingData, task: Task, started: float, take
             draw_training(folder, data, history, best.metrics["epoch"], task.symbols)
         if judged:
             write_judgement(folder, "", judged, data.classes, task.symbols, config.pictures)
-        remove_leftovers(config, judged is not None)
+        remove_leftovers(config, {"history.csv", "class_distribution.png", "samples.png", "curves.png",
+                                  *(JUDGEMENT_FILES if judged else ())})
         keeper.discard()
         print(describe_result(config, best.metrics, history, started))
     return time.monotonic() - started
 
 
-def remove_leftovers(config: Config, judged: bool) -> None:
-    """Remove an earlier run's files whose names this one could have used and did not: they are of another network."""
-    left = set() if config.save_probabilities else {TEST_PROBABILITIES}
-    left |= set() if judged else JUDGEMENT_FILES
-    left |= set() if config.pictures else {name for name in OWN_FILES if name.endswith(".png")}
-    for name in left:
-        Path(config.output_dir, name).unlink(missing_ok=True)
+def remove_leftovers(config: Config, used: set[str]) -> None:
+    """Remove an earlier run's files whose names this one did not use: they are of another network. A network stays."""
+    used = {"run.json", *used, *[TEST_PROBABILITIES] * config.save_probabilities}
+    for name in OWN_FILES.difference(LAST_FILES):
+        if name not in used or (name.endswith(".png") and not config.pictures):
+            Path(config.output_dir, name).unlink(missing_ok=True)
 
 
 def agreed_run(config: Config, data: TrainingData, runtime: Runtime) -> dict:
@@ -3976,6 +3991,7 @@ def write_folds(config: Config, every: dict[int, Config], found: dict[int, dict]
     write_run_record(folder / "run.json", config, runtime, metrics, time.monotonic() - seconds,
                      identify_run(config, whole, runtime)["data"])
     write_judgement(folder, "", judged, data.classes, task.symbols, config.pictures)
+    remove_leftovers(config, {"oof_probabilities.npz", *JUDGEMENT_FILES.difference({"val_probabilities.npz"})})
     print(describe_folds(config, metrics, folder))
 
 
@@ -4076,6 +4092,9 @@ def choose_members(config: Config, checkpoints: list[str], table: Table | None =
     names = checkpoints or [Path(config.output_dir, config.model_file)]
     members = look_at_members([Path(name) for name in names], table)
     made_in = next((member.config.precision for member in members if member.config), "")
+    if config.views > 1 and not made_in:
+        raise UsageError(f"--views {config.views}: saved probabilities are of the views that they were made with; "
+                         "leave it out, or name checkpoints")
     if config.precision == "auto" and made_in == "float32":
         runtime = dataclasses.replace(runtime, precision="float32")
     return members, runtime

@@ -429,13 +429,14 @@ def test_a_table_in_place_of_a_network_is_named_without_torchs_advice(main_in_pr
         assert status == 1 and "no file of tensors" in error and "weights_only" not in error, error
 
 
+@pytest.mark.parametrize("flag", ["--teachers", "--weights"])
 @pytest.mark.parametrize("folder, flags", [("out", []), ("out/fold1", ["--folds", "2"])])
-def test_a_teacher_is_not_overwritten_by_its_pupil(main_in_process, command, tmp_path, folder, flags):
+def test_a_network_that_is_learnt_from_is_not_overwritten(main_in_process, command, tmp_path, folder, flags, flag):
     teacher = tmp_path / folder / "best_model.pth"
     teacher.parent.mkdir(parents=True)
     teacher.write_bytes(b"a teacher")
-    named = str(teacher).replace("fold1", "fold{fold}")
-    status, out, error = main_in_process(*QUICK, "--teachers", named, *flags)
+    named = str(teacher).replace("fold1", "fold{fold}") if flag == "--teachers" else str(teacher)
+    status, out, error = main_in_process(*QUICK, flag, named, *flags)
     assert status == 2 and "best_model.pth: is read, and would be overwritten" in error and "decoded" not in out
     assert teacher.read_bytes() == b"a teacher"
 

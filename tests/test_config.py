@@ -90,7 +90,7 @@ def test_a_flag_goes_before_its_preset():
     (["--model", "vgg"], "or torchvision's, not 'vgg'; near it are torchvision:vgg"),
     (["--model", "torchvision:resnet17"], "near it are torchvision:resnet1"),
     (["--milestones", "3,x"], "milestones must be epochs with commas between them, not '3,x'"),
-    (["--early-stopping", "3", "--train-val-split", "1"], "early_stopping needs validation rows"),
+    (["--early-stopping", "3", "--train-val-split", "1"], "set train_val_split below 1, or set early_stopping to 0"),
     (["--submission-file", "a/b.csv"], "submission_file must be a file's name without a folder, not 'a/b.csv'"),
     (["--model-file", "last.pth"], "model_file must be a name of its own, not 'last.pth'"),
     (["--submission-file", "History.csv"], "submission_file must be a name of its own, not 'History.csv'"),
@@ -99,7 +99,8 @@ def test_a_flag_goes_before_its_preset():
     (["evaluate", "--save-probabilities"], "--save-probabilities has no effect on evaluate: it writes no submission"),
     (["--preset", "modern"], "invalid choice: 'modern'"),
     (["--train-val-split", "1.5"], "train_val_split must be from 0.01 to 1"),
-    (["--train-val-split", "1", "--schedule", "plateau"], "plateau needs validation rows"),
+    (["--train-val-split", "1", "--schedule", "plateau"], "plateau needs validation rows: set train_val_split below 1, "
+                                                          "or take another schedule"),
     (["train"], "unknown command train; the commands are run, predict and evaluate"),
     (["run", "a.pth"], "script.py predict a.pth"),
     (["predict", "--learning-rate", "1"], "--learning-rate has no effect on predict"),

@@ -71,6 +71,13 @@ def test_a_confused_class_may_have_no_validation_row(tmp_path):
     assert groups.tolist() == [0, 0, 2] and (tmp_path / "a.png").exists()
 
 
+@pytest.mark.parametrize("threshold", ["0", "1.5", "nan"])
+def test_a_threshold_that_is_no_share_is_refused(capsys, threshold):
+    with pytest.raises(SystemExit, match="2"):
+        confusions.main(["a.pth", "--threshold", threshold])
+    assert f"--threshold must be above 0 and at most 1, not {threshold}" in capsys.readouterr().err
+
+
 def test_the_command_says_what_is_wrong(competition, command, main_in_process, tmp_path, capsys):
     paths = ["--data-dir", str(competition), "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path)]
     assert confusions.main([str(tmp_path / "none.pth"), *paths]) == 1

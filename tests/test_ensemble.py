@@ -219,6 +219,8 @@ def test_saved_probabilities_alone_read_no_image(trained, call, tmp_path, monkey
     assert status == 0 and "the mean of 2 networks" in out, error
     mean = sum(saved(path.parent)["probabilities"] for path in trained[1])
     assert call.command.submission().label.tolist() == [CLASSES[place] for place in mean.argmax(axis=1)]
+    status, _, error = call("predict", first, second, "--views", "3")
+    assert status == 2 and "--views 3: saved probabilities are of the views" in error and error.count("\n") == 1
     status, _, error = call("evaluate", first, "--test-csv", "train.csv")
     assert status == 2 and "can be averaged by predict alone" in error and error.count("\n") == 1
 

@@ -69,6 +69,15 @@ def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "onnx").iterdir())
 
 
+def test_a_vote_that_is_not_in_the_checkpoint_is_refused(tmp_path, capsys):
+    config = script.Config(model="tiny", image_size=16, dropout=0.0)
+    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
+        script.build_model(config, 3), config, list("abc"), script.ImageStatistics(255, 16), {"epoch": 1}))
+    assert export.main([str(tmp_path / "model.pth"), "--vote", "--output-dir", str(tmp_path / "onnx")]) == 2
+    assert "model.pth remembers no training images; leave it out" in capsys.readouterr().err
+    assert not (tmp_path / "onnx").exists()
+
+
 def test_a_network_that_answers_otherwise_is_refused(monkeypatch):
     class Liar:
         def __init__(self, *_, **__):

@@ -236,6 +236,19 @@ def test_folds_stay_finished_where_the_command_that_is_to_train_them_anew_is_wro
     assert "or for other folds, validation" in capsys.readouterr().err
 
 
+def test_files_of_another_network_do_not_stay_beside_the_folds(folded, copied):
+    """But for networks, and the state of an unfinished one."""
+    stale = {"history.csv", "curves.png", "samples.png", "class_distribution.png", "confusions.png",
+             "val_probabilities.npz", "test_probabilities.npz"}
+    for name in stale | {"best_model.pth", "last.pth"}:
+        (copied / name).write_bytes(b"of another network")
+    assert folded(copied, *GROUPED) == 0
+    assert not stale & {path.name for path in copied.iterdir()}
+    assert (copied / "best_model.pth").read_bytes() == (copied / "last.pth").read_bytes() == b"of another network"
+    assert (copied / "oof_probabilities.npz").exists()
+    assert outcome(copied) == outcome(folded.output)
+
+
 def outcome_of_fold(folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.iterdir())]
 

@@ -73,7 +73,7 @@ def test_a_spoilt_file_and_a_wrong_share_are_told(competition, tmp_path, capsys)
     for share in ("0", "1.5", "x", "nan"):
         with pytest.raises(SystemExit, match="2"):
             ask(capsys, tmp_path / "saved.npz", "--least", share)
-        assert f"invalid share value: '{share}'" in capsys.readouterr().err
+        assert f"argument --least: must be above 0 and at most 1, not {share}" in capsys.readouterr().err
 
 
 def test_pixel_rows_keep_their_pixels(tmp_path, capsys):

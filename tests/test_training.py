@@ -287,6 +287,19 @@ def test_weights_of_a_checkpoint_are_taken_over(tmp_path):
             script.start_model(dataclasses.replace(again, **settings), small_data(), CPU)
 
 
+@pytest.mark.parametrize("settings, warned", [({}, False), ({"split_seed": 7}, True), ({"train_val_split": 1.0}, False),
+                                              ({"folds": 3, "fold": 1}, True)])
+def test_weights_that_have_seen_validation_rows_are_warned_of(tmp_path, capsys, settings, warned):
+    config, path = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=1), tmp_path / "best_model.pth"
+    script.fit(config, small_data(), CPU)
+    again = dataclasses.replace(config, weights=str(path), **settings)
+    script.start_model(again, small_data(), CPU)
+    error = capsys.readouterr().err
+    assert ("it has seen rows that validate now" in error) == warned
+    script.start_model(again, small_data(classes=3), CPU)
+    assert not capsys.readouterr().err, "other classes are other data"
+
+
 def test_weights_with_a_flipped_bit_are_refused(tmp_path):
     config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=1)
     script.fit(config, small_data(), CPU)

@@ -160,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output-dir", default=".", help="folder of confused_pairs.csv and confused_groups.png")
     parser.add_argument("--threshold", type=float, default=0.75, help="share below which two classes are one (0.75)")
     given = parser.parse_args(argv)
+    if not 0 < given.threshold <= 1:
+        parser.error(f"--threshold must be above 0 and at most 1, not {given.threshold:g}")
     return script.exit_status(lambda _: report(given), "nothing was written")
 
 

@@ -169,6 +169,8 @@ def export(given: argparse.Namespace) -> None:
     if given.int8 and given.vote:
         raise script.UsageError("--int8 is for the network alone; leave --vote out")
     trained = script.load_checkpoint(given.checkpoint)
+    if given.vote and not isinstance(trained.model, script.NeighbourVote):
+        raise script.UsageError(f"--vote: {given.checkpoint} remembers no training images; leave it out")
     given.output_dir.mkdir(parents=True, exist_ok=True)
     size, model = trained.statistics.size, Exported(trained, given.vote).eval()
     content = to_onnx(model, size)

@@ -57,10 +57,10 @@ def write_labels(given: argparse.Namespace) -> None:
 
 
 def share(text: str) -> float:
-    """A probability above 0; argparse tells where it is none."""
-    value = float(text)
-    if not 0 < value <= 1:
-        raise ValueError
+    """A probability above 0, for argparse."""
+    value = script.from_text(float, text)
+    if not isinstance(value, float) or not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
     return value
 
 
