@@ -132,7 +132,7 @@ class Config:
     milestones: str = "10,15"           # multistep: epochs after which the rate drops
     gamma: float = 0.1                  # step, multistep: what the rate is multiplied by; cyclic: lowest share of it
     plateau_factor: float = 0.5         # plateau: what the rate is multiplied by
-    plateau_patience: int = 2           # plateau: epochs without a better validation accuracy before that
+    plateau_patience: int = 2           # plateau: epochs without a better validation accuracy that are let pass first
     label_smoothing: float = 0.1        # share of the target that is spread over all classes
     mixup: bool = False                 # blend pairs of images and their labels (arXiv:1710.09412)
     cutmix: bool = False                # paste a part of one image into another (arXiv:1905.04899); with mixup: in turn
@@ -162,7 +162,7 @@ class Config:
     perspective: float = 0.0            # how much nearer one edge is than the middle
     elastic: float = 0.05               # deviation of a 5x5 grid's smooth displacements, as a share of half the side
     thickness: float = 0.0              # share of the way to strokes that are a pixel thicker or thinner on each side
-    refit: bool = True                  # warped ink keeps its middle and its longer side, but for scale and shift
+    refit: bool = True                  # rotation, shear, stretch, elastic leave ink its middle and its longer side
     brightness: float = 0.0             # share by which ink is made fainter
     contrast: float = 0.0               # bend of the grey levels between paper and full ink
     erasing: float = 0.0                # probability that a rectangle is erased
@@ -1225,9 +1225,17 @@ def split_table(config: Config, table: Table, targets: np.ndarray,
                 images: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     """Positions of the usable rows to train and to validate on; and each row's part, for which images are needed."""
     parts = divide_rows(config, table, targets, images) if parts_of(config) else None
-    chosen = split_rows(targets, config) if parts is None else part_rows(parts, config.fold or 0)
-    train_rows, val_rows = (np.setdiff1d(rows, table.bad) for rows in chosen)
-    return train_rows, val_rows, parts
+    if parts is not None:
+        return *part_rows(parts, (config.fold or 0) if config.folds else nearest_part(parts, config)), parts
+    train_rows, val_rows = (np.setdiff1d(rows, table.bad) for rows in split_rows(targets, config))
+    lonely = val_rows[~np.isin(targets[val_rows], targets[train_rows])]  # all others of their class cannot be used
+    return np.union1d(train_rows, lonely), np.setdiff1d(val_rows, lonely), None
+
+
+def nearest_part(parts: np.ndarray, config: Config) -> int:
+    """The part whose size is nearest to what train_val_split leaves to validation; a large group makes one larger."""
+    sizes = np.bincount(parts[parts >= 0])
+    return int(np.abs(sizes - (1 - config.train_val_split) * sizes.sum()).argmin())
 
 
 def part_rows(parts: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray]:
@@ -1250,12 +1258,13 @@ def join_groups(values: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 def deal_parts(targets: np.ndarray, groups: np.ndarray, parts: int, seed: int) -> np.ndarray:
     """The part of each row [N], from 0: a group's rows in one, each class spread as evenly as the groups allow.
 
-    The largest groups first, in an order drawn from the seed, each to the part where its classes are rarest. So does
-    scikit-learn's StratifiedGroupKFold, one group after another; here single rows, nearly all of them, go by class.
+    The largest groups first, more or less, in an order drawn from the seed, each to the part where its classes are
+    rarest. So does scikit-learn's StratifiedGroupKFold, one group after another; here single rows, nearly all of them,
+    go by class.
     """
     _, groups, sizes = np.unique(groups, return_inverse=True, return_counts=True)
-    draws = np.random.default_rng(seed).permutation(len(sizes))
-    order = np.lexsort((draws[groups], -sizes[groups]))  # a group's rows stand together
+    ranks = sizes * np.random.default_rng(seed).uniform(0.8, 1.2, len(sizes))  # single rows still come last
+    order = np.lexsort((groups, -ranks[groups]))  # a group's rows stand together
     dealt, totals = np.zeros(len(targets), dtype=np.int64), np.bincount(targets)
     held = np.zeros((parts, len(totals)), dtype=np.int64)
     together, alone = np.split(order, [sizes[sizes > 1].sum()])
@@ -1364,10 +1373,14 @@ def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def paper_of(grey: np.ndarray, alpha: np.ndarray | None) -> int:
-    """The paper's grey level, 0 or 255: the border's where the image is opaque, else the opposite of what is drawn."""
-    if alpha is not None and (alpha < 128).any() and (alpha >= 128).any():
-        return 0 if grey[alpha >= 128].mean() > 127 else 255
-    return 255 if np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])) > 127 else 0
+    """The paper's grey level, 0 or 255: the border's where most of it is opaque, else the opposite of what is drawn."""
+    def border(values: np.ndarray) -> np.ndarray:
+        return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
+
+    opaque = np.full(grey.shape, True) if alpha is None or not (alpha >= 128).any() else alpha >= 128
+    if 2 * border(opaque).mean() <= 1:
+        return 0 if grey[opaque].mean() > 127 else 255
+    return 255 if np.median(border(grey)[border(opaque)]) > 127 else 0
 
 
 def to_ink(grey: np.ndarray, alpha: np.ndarray | None, statistics: ImageStatistics) -> np.ndarray:
@@ -1629,6 +1642,9 @@ class MathSymbolDataset(torch.utils.data.Dataset):
         return tuple(part.to(self.device, non_blocking=self.pin_memory) for part in picked)
 
 
+WARPS = ("rotation", "scale", "shear", "stretch", "shift", "crop", "perspective", "elastic")  # settings that resample
+
+
 def to_input(images: Tensor, config: Config) -> Tensor:
     """What the network sees of unchanged images: uint8 [B, 1, S, S] to ink 0..1 [B, 1, image_size, image_size].
 
@@ -1637,7 +1653,7 @@ def to_input(images: Tensor, config: Config) -> Tensor:
     ink = images.float().div_(255)
     if ink.shape[-1] != config.image_size:
         return F.interpolate(ink, size=(config.image_size, config.image_size), mode="bilinear", align_corners=False)
-    if config.augment and config.soften:
+    if config.augment and config.soften and any(getattr(config, name) for name in WARPS):
         line = torch.tensor([config.soften, 1 - 2 * config.soften, config.soften], device=ink.device)
         ink = F.conv2d(ink, torch.outer(line, line)[None, None], padding=1)
     return ink
@@ -1744,8 +1760,17 @@ def change_strokes(ink: Tensor, config: Config, draws: Draws) -> Tensor:
     if not config.thickness:
         return ink
     shares = draws.uniform(len(ink), -config.thickness, config.thickness, 1, 1, 1)
-    thick, thin = F.max_pool2d(ink, 3, 1, 1), -F.max_pool2d(-ink, 3, 1, 1)
-    return torch.lerp(ink, thick.where(shares > 0, thin), shares.abs())
+    return torch.lerp(ink, thicker(ink).where(shares > 0, thinner(ink)), shares.abs())
+
+
+def thicker(ink: Tensor) -> Tensor:
+    """Strokes a pixel wider at each side: ink's dilation by 3x3 pixels."""
+    return F.max_pool2d(ink, 3, 1, 1)
+
+
+def thinner(ink: Tensor) -> Tensor:
+    """Strokes a pixel narrower at each side, the image's edge too: ink's erosion by 3x3 pixels, all paper outside."""
+    return -F.max_pool2d(-F.pad(ink, (1, 1, 1, 1)), 3, 1)
 
 
 def change_ink(ink: Tensor, config: Config, draws: Draws) -> Tensor:
@@ -1763,8 +1788,9 @@ def erase(ink: Tensor, config: Config, draws: Draws) -> Tensor:
     if not config.erasing:
         return ink
     chosen, *numbers = draws.uniform(len(ink), 0, 1, 5, 1).unbind(1)
-    line = torch.linspace(0, 1, ink.shape[-1], device=ink.device)
-    inside = [(line - middle).abs() <= extent * config.erasing_size / 2
+    side = ink.shape[-1]
+    line = (torch.arange(side, device=ink.device) + 0.5) / side
+    inside = [(line - middle).abs() <= (extent * config.erasing_size).clamp(min=1 / side) / 2  # a pixel at the least
               for middle, extent in (numbers[:2], numbers[2:])]
     hole = inside[0][:, :, None] & inside[1][:, None, :] & (chosen < config.erasing)[:, :, None]
     return ink.masked_fill(hole[:, None], 0)
@@ -2639,7 +2665,9 @@ class Learner:
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.statistics = gather_statistics(self.model)
         self.last_statistics = self.statistics.clone()
-        self.momentum = max((getattr(layer, "momentum", None) or 0.1 for layer in self.model.modules()), default=0.1)
+        self.momentum = max((layer.momentum for layer in self.model.modules() if getattr(layer, "momentum", None)),
+                            default=0.1)
+        self.batches = 0  # whose gradients have been added up for the next step of the optimizer
         self.network = self.spread(InPrecision(self.model, runtime))
         self.weights = list(self.model.parameters())
         groups = [{"params": [weight for weight in self.weights if (weight.ndim > 1) == decayed],
@@ -2692,7 +2720,7 @@ class Learner:
         for name in ("optimizer", "scaler", "plateau"):
             getattr(self, name).load_state_dict(state[name])
         self.faults.copy_(state["faults"])
-        (self.step, self.updates), self.rate = state["counts"], state["rate"]
+        (self.step, self.updates), self.batches, self.rate = state["counts"], 0, state["rate"]
         self.last_statistics.copy_(self.statistics)
         self.sound.fill_(1)
 
@@ -2734,9 +2762,10 @@ class Learner:
             self.sound = self.sound * loss.detach().isfinite()
             share = share * len(inputs) * self.runtime.ranks.count / part.total  # of this part in the ranks' mean
             self.scaler.scale(loss * share).backward()
-        self.step += 1
+        self.step, self.batches = self.step + 1, self.batches + 1
         if update:
             self.descend(progress)
+            self.batches = 0
         hits = targets.gather(1, logits.detach().argmax(dim=1, keepdim=True)).sum()
         return torch.stack([loss.detach().nan_to_num(0, 0, 0) * len(inputs), hits])
 
@@ -2749,10 +2778,13 @@ class Learner:
         targets = F.one_hot(batch.classes, self.num_classes).float()
         if batch.taught is not None:
             targets = torch.lerp(targets, batch.taught.to(targets), config.teacher_share)
-        if batch.weights is not None:
-            targets = torch.cat([targets, batch.weights[:, None]], dim=1)
+        if batch.weights is not None:  # so that each label of a blend counts what its own row does
+            targets = targets * batch.weights[:, None]
         inputs, targets = (values[part.lead:] for values in mix(inputs, targets, config, seed))
-        return inputs, targets[:, : self.num_classes], None if batch.weights is None else targets[:, -1]
+        if batch.weights is None:
+            return inputs, targets, None
+        weights = targets.sum(dim=1)
+        return inputs, targets / weights.clamp(min=1e-12)[:, None], weights
 
     def descend(self, progress: float) -> None:
         """Clipping, the optimizer's step at the schedule's rate, the averages; nothing where numbers are not finite."""
@@ -2786,7 +2818,7 @@ class Learner:
 
         Small tables have few steps, after which batch norm's own momentum would still hold much of it.
         """
-        weight = 1 - (1 - self.momentum) ** self.config.accumulate  # of this step's
+        weight = 1 - (1 - self.momentum) ** self.batches  # of this step's
         factor = 1 / (weight * (self.updates + 1))
         if factor > 1 and not self.config.weights:
             self.statistics.copy_(torch.lerp(self.last_statistics, self.statistics, factor))
@@ -2814,10 +2846,14 @@ def steps_in_epoch(rows: np.ndarray, config: Config) -> int:
     return max(1, min(math.ceil(len(rows) / config.batch_size), len(rows) // 2))
 
 
-def accumulation_shares(steps: int, accumulate: int) -> list[tuple[float, bool]]:
-    """What each step's gradient counts in its group's mean, and whether it ends the group; the last may be smaller."""
-    sizes = [min(accumulate, steps - step // accumulate * accumulate) for step in range(steps)]  # of each step's group
-    return [(1 / size, step % accumulate == size - 1) for step, size in enumerate(sizes)]
+def accumulation_shares(sizes: list[int], accumulate: int) -> list[tuple[float, bool]]:
+    """The part of its group's images that each step of so many holds, and whether it ends the group.
+
+    Groups differ by one step at the most.
+    """
+    groups = np.array_split(sizes, math.ceil(len(sizes) / accumulate))
+    return [(float(share), place == len(group) - 1)
+            for group in groups for place, share in enumerate(group / group.sum())]
 
 
 class Setback(Exception):
@@ -2849,7 +2885,7 @@ def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
     """
     config, ranks, begun = learner.config, learner.runtime.ranks, time.monotonic() - progress.seconds
     steps, tally, update = epoch_steps(data.train_rows, config, progress.epoch), Tally(progress, learner.runtime), True
-    shares = accumulation_shares(len(steps), config.accumulate)
+    shares = accumulation_shares([len(rows) for rows in steps], config.accumulate)
     learner.model.train()
     if config.freeze_epochs:
         learner.freeze(progress.epoch <= config.freeze_epochs)

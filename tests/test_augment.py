@@ -143,10 +143,13 @@ def test_strokes_become_thicker_and_thinner():
     ink = torch.zeros(400, 1, 16, 16)
     ink[..., 6:9, :] = 1.0  # a beam of three pixels
     change = Config(thickness=0.5)
-    amounts = script.change_strokes(ink, change, seeded()).sum(dim=(1, 2, 3)) / 16  # the beam's height
+    amounts = script.change_strokes(ink, change, seeded())[..., 1:-1].sum(dim=(1, 2, 3)) / 14  # height of its middle
     assert amounts.min() == pytest.approx(2.0, abs=0.05) and amounts.max() == pytest.approx(4.0, abs=0.05)
     assert amounts.mean() == pytest.approx(3.0, abs=0.1)
     assert script.change_strokes(torch.zeros(4, 1, 8, 8), change, seeded()).sum() == 0
+    block, edge = torch.zeros(2, 1, 9, 9).split(1)
+    block[..., 3:6, 3:6], edge[..., :3, 3:6] = 1.0, 1.0
+    assert script.thinner(block).sum() == script.thinner(edge).sum() == 1, "outside an image is paper"
 
 
 def test_erasing_hits_its_share_of_the_images():
@@ -155,15 +158,19 @@ def test_erasing_hits_its_share_of_the_images():
     erased = augment(full, config, seeded()) == 0
     holes = erased.sum(dim=(1, 2, 3))
     assert 0.15 < (holes > 0).float().mean() < 0.32 and holes.max() <= 17 * 17
+    small = augment(full, dataclasses.replace(STILL, erasing=1.0, erasing_size=0.02), seeded()) == 0
+    assert (small.sum(dim=(1, 2, 3)) >= 1).float().mean() > 0.99, "the smallest hole is a pixel"
 
 
 def test_what_is_not_resampled_is_softened_alike():
     dot = torch.zeros(2, 1, 32, 32, dtype=torch.uint8)
     dot[:, :, 10, 20] = 255
-    soft = to_input(dot, dataclasses.replace(STILL, soften=0.1))
+    warped = dataclasses.replace(STILL, soften=0.1, rotation=10)
+    soft = to_input(dot, warped)
     assert torch.allclose(soft[0, 0, 10, 19:22], torch.tensor([0.08, 0.64, 0.08])) and soft[0].sum() == pytest.approx(1)
-    assert torch.equal(to_input(dot, dataclasses.replace(STILL, soften=0.1, augment=False)), dot / 255)
-    assert to_input(dot * 0, dataclasses.replace(STILL, soften=0.1)).abs().max() == 0
+    assert to_input(dot * 0, warped).abs().max() == 0
+    for hard in (dataclasses.replace(warped, augment=False), dataclasses.replace(STILL, soften=0.1)):
+        assert torch.equal(to_input(dot, hard), dot / 255), "what is not warped in training is not softened after it"
 
 
 def test_all_geometry_is_one_resampling(monkeypatch):

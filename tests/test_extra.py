@@ -154,7 +154,8 @@ def test_equal_weights_are_none():
 
 
 @pytest.mark.parametrize("settings", [{"mixup": True}, {"cutmix": True}])
-def test_mixing_blends_the_weights_as_it_blends_the_targets(monkeypatch, settings):
+def test_a_blends_labels_count_what_their_own_rows_do(monkeypatch, settings):
+    """The loss is linear in targets and weights together: of a blend it is the blend of the two rows' losses."""
     images, classes = batch()
     learner, weights, seen = learner_of(**settings), torch.arange(8.0), []
     monkeypatch.setattr(script, "weighted_loss", lambda logits, targets, smoothing, weights: seen.append(
@@ -162,7 +163,8 @@ def test_mixing_blends_the_weights_as_it_blends_the_targets(monkeypatch, setting
     learner.learn(script.Batch(images, classes, weights=weights), 1, 0.5)
     (targets, blended), numbers = seen[0], torch.eye(8)
     expected = script.mix(images.float(), numbers, learner.config, script.seed_of(learner.config, 1, 0))[1]
-    assert torch.allclose(blended, expected @ weights) and torch.allclose(targets, expected @ torch.eye(4)[classes])
+    wanted = expected @ (weights[:, None] * torch.eye(4)[classes])
+    assert torch.allclose(blended[:, None] * targets, wanted) and torch.allclose(blended, wanted.sum(dim=1))
     assert not torch.equal(blended, weights)
 
 

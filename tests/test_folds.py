@@ -68,6 +68,21 @@ def test_groups_are_the_connected_components(seed):
     assert np.array_equal(pd.factorize(script.join_groups(values, pixels))[0], pd.factorize(expected)[0])
 
 
+def test_without_folds_the_part_of_the_wanted_size_validates_and_split_seed_chooses_it():
+    """A writer with half of all rows fills a part alone, and the largest writers are not always held out."""
+    table = Table("train.csv", pd.DataFrame({"label": ["a"] * 400, "writer": ["w0"] * 200 + [f"v{row % 20}" for row in
+                                                                                             range(200)]}))
+    images, targets = np.zeros((400, 1, 2, 2), dtype=np.uint8), np.zeros(400, dtype=np.int64)
+    images[:, 0].reshape(400, 4)[:, :2] = np.stack([np.arange(400) % 256, np.arange(400) // 256], axis=1)
+    chosen = set()
+    for seed in range(5):
+        config = Config(group_column="writer", train_val_split=0.9, split_seed=seed)
+        train, val, _ = script.split_table(config, table, targets, images)
+        assert len(val) in (20, 30) and not (val < 200).any() and len(train) + len(val) == 400
+        chosen.add(tuple(table.rows.writer[val].unique()))
+    assert len(chosen) > 1
+
+
 def test_rows_without_a_usable_image_are_in_no_part_and_connect_nothing():
     images = np.random.default_rng(0).integers(0, 256, (9, 1, 4, 4), dtype=np.uint8)
     images[[3, 4]] = 0

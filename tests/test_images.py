@@ -49,6 +49,17 @@ def test_every_mode_gives_the_same_ink(tmp_path, form):
     assert np.abs(ink - expected).max() <= 2
 
 
+def test_a_few_transparent_pixels_do_not_turn_the_page():
+    """Rounded corners, a hole: the paper is what is opaque at the border."""
+    for paper in (0, 255):
+        grey, alpha = np.full((32, 32), paper, dtype=np.uint8), np.full((32, 32), 255, dtype=np.uint8)
+        grey[6:26, 8:11] = 255 - paper
+        alpha[0, 0] = alpha[31, 31] = alpha[16, 20] = 0
+        grey[alpha == 0] = 255 - paper  # nobody sees it
+        assert script.paper_of(grey, alpha) == paper
+        assert script.paper_of(grey, np.zeros_like(alpha)) == paper
+
+
 def test_jpeg_gif_and_exif_are_read_upright(tmp_path):
     grey = Image.fromarray(drawing())
     grey.save(tmp_path / "a.gif", save_all=True, append_images=[Image.new("L", (32, 32), 255)])

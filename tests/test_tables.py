@@ -88,6 +88,15 @@ def test_no_class_loses_all_its_rows_or_none(share):
     assert np.bincount(np.repeat(np.arange(3), [4, 5, 200])[val]).min() >= 1
 
 
+def test_the_last_usable_row_of_a_class_is_trained_on():
+    targets = np.repeat([0, 1], [4, 12])
+    val = script.split_rows(targets, script.Config())[1]
+    faults = {int(row): "no image" for row in range(4) if row not in val}
+    table = script.Table("train.csv", pd.DataFrame({"label": targets.astype(str)}), faults=faults)
+    train, held, _ = script.split_table(script.Config(), table, targets, None)
+    assert val[0] in train and held.tolist() == val[1:].tolist() and len(train) + len(held) == 13
+
+
 def test_a_split_of_one_trains_on_all_rows():
     train, val = split_rows(np.arange(6) % 2, Config(train_val_split=1))
     assert train.tolist() == list(range(6)) and len(val) == 0

@@ -99,15 +99,23 @@ def test_of_equal_probabilities_the_first_are_the_likeliest():
     assert script.score(sure, np.arange(5))["val_top3_accuracy"] == pytest.approx(3 / 5)
 
 
-def test_few_steps_give_batch_statistics_of_the_images():
-    data, config = small_data(), dataclasses.replace(SMALL, average_decay=0.0, accumulate=2)
-    learner = learner_of(config)
+@pytest.mark.parametrize("accumulate", [2, 8])
+@pytest.mark.parametrize("momentum", [0.1, 0.01])
+def test_few_steps_give_batch_statistics_of_the_images(momentum, accumulate):
+    """Where an epoch has fewer steps than accumulate says, too; some of torchvision's networks have their momentum."""
+    data, config = small_data(), dataclasses.replace(SMALL, average_decay=0.0, accumulate=accumulate)
+    model = script.build_model(config, 4)
+    for layer in model.modules():
+        if hasattr(layer, "momentum"):
+            layer.momentum = momentum
+    learner = Learner(config, CPU.place(model), 4, CPU)
     norm, inputs = learner.model.conv1[0][1], []
     learner.model.conv1[0][0].register_forward_hook(lambda *seen: inputs.append(seen[-1].detach()))
     for step in range(6):
         learner.learn(data.batch(data.train_rows[8 * step % 32:][:8]), 1, 0.5, 0.5, update=step % 2 == 1)
     means = torch.stack([seen.mean(dim=(0, 2, 3)) for seen in inputs])
-    weights = torch.tensor([0.9, 1.0]).div(1.9).repeat(3) / 3  # of two batches the later counts more, as ever
+    kept = 1 - momentum  # of two batches the later counts more, as ever
+    weights = torch.tensor([kept, 1.0]).div(kept + 1).repeat(3) / 3
     assert torch.allclose(norm.running_mean, weights @ means, atol=1e-5)
     assert (norm.running_var > 0).all()
 
@@ -189,21 +197,22 @@ def test_every_optimizer_and_schedule_learns(tmp_path, optimizer, schedule):
 
 
 def test_accumulated_batches_are_one_large_batch():
-    """Without batch norm and dropout, four batches of two rows step as one of eight does."""
+    """Without batch norm and dropout, four batches of one to three rows step as one of eight does."""
     config, data = dataclasses.replace(SMALL, model="mlp", dropout=0.0, augment=False), small_data()
     one, four = learner_of(config), learner_of(dataclasses.replace(config, batch_size=2, accumulate=4))
     one.learn(data.batch(np.arange(8)), epoch=1, progress=0.5)
-    for number, (share, update) in enumerate(script.accumulation_shares(4, 4)):
-        four.learn(data.batch(np.arange(2 * number, 2 * number + 2)), 1, 0.5, share, update)
+    parts = np.split(np.arange(8), [1, 3, 5])  # the last of three rows, the first of one
+    for rows, (share, update) in zip(parts, script.accumulation_shares([len(rows) for rows in parts], 4)):
+        four.learn(data.batch(rows), 1, 0.5, share, update)
     assert (one.updates, four.updates, four.step) == (1, 1, 4)
     for weight, other in zip(one.model.parameters(), four.model.parameters()):
         assert torch.allclose(weight, other, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps, accumulate, updates",
-                         [(7, 3, [2, 5, 6]), (6, 3, [2, 5]), (2, 5, [1]), (3, 1, [0, 1, 2])])
+                         [(7, 3, [2, 4, 6]), (6, 3, [2, 5]), (2, 5, [1]), (3, 1, [0, 1, 2]), (9, 8, [4, 8])])
 def test_every_groups_shares_add_up_to_one(steps, accumulate, updates):
-    shares = script.accumulation_shares(steps, accumulate)
+    shares = script.accumulation_shares([5] * (steps - 1) + [4], accumulate)
     assert len(shares) == steps and [step for step, (_, update) in enumerate(shares) if update] == updates
     assert sum(share for share, _ in shares) == pytest.approx(len(updates))
 

@@ -27,8 +27,7 @@ Change = Callable[[Tensor, float], Tensor]  # ink [B, 1, S, S], 0 to 1, and a st
 def thicken(ink: Tensor, pixels: float) -> Tensor:
     """Strokes so many pixels wider at each side, a part of a pixel as a blend; below 0 thinner."""
     for left in np.arange(abs(pixels), 0, -1):
-        wider = F.max_pool2d(ink, 3, 1, 1) if pixels > 0 else -F.max_pool2d(-ink, 3, 1, 1)
-        ink = torch.lerp(ink, wider, float(min(left, 1.0)))
+        ink = torch.lerp(ink, script.thicker(ink) if pixels > 0 else script.thinner(ink), float(min(left, 1.0)))
     return ink
 
 
