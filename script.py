@@ -883,7 +883,8 @@ def input_files(config: Config) -> list[Path]:
     """The files that a run reads and must leave as they are: its tables, what lies beside them, weights, teachers."""
     tables = [Path(name) for name in (config.train_csv, config.test_csv, config.extra_csv) if name]
     beside = [table.with_name(name) for table in tables for name in ("classes.csv", "sample_submission.csv")]
-    return [*(Path(config.data_dir, name) for name in (*tables, *beside)), Path(config.weights), *teacher_files(config)]
+    tables = [Path(config.data_dir, name) for name in (*tables, *beside)]
+    return [*tables, *[Path(config.weights)] * bool(config.weights), *teacher_files(config)]
 
 
 def path_faults(names: pd.Series, root: Path) -> dict[int, str]:
@@ -1378,7 +1379,7 @@ def paper_of(grey: np.ndarray, alpha: np.ndarray | None) -> int:
         return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
     opaque = np.full(grey.shape, True) if alpha is None or not (alpha >= 128).any() else alpha >= 128
-    if 2 * border(opaque).mean() <= 1:
+    if border(opaque).mean() <= 0.5:
         return 0 if grey[opaque].mean() > 127 else 255
     return 255 if np.median(border(grey)[border(opaque)]) > 127 else 0
 
