@@ -883,8 +883,8 @@ def input_files(config: Config) -> list[Path]:
     """The files that a run reads and must leave as they are: its tables, what lies beside them, weights, teachers."""
     tables = [Path(name) for name in (config.train_csv, config.test_csv, config.extra_csv) if name]
     beside = [table.with_name(name) for table in tables for name in ("classes.csv", "sample_submission.csv")]
-    tables = [Path(config.data_dir, name) for name in (*tables, *beside)]
-    return [*tables, *[Path(config.weights)] * bool(config.weights), *teacher_files(config)]
+    networks = [*[Path(config.weights)] * bool(config.weights), *teacher_files(config)]
+    return [*(Path(config.data_dir, name) for name in (*tables, *beside)), *networks]
 
 
 def path_faults(names: pd.Series, root: Path) -> dict[int, str]:
