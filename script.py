@@ -1847,6 +1847,13 @@ class SqueezeExcitation(nn.Module):
         return x * self.gate(x.mean(dim=(2, 3)))[:, :, None, None]
 
 
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """Means over a grid of so many cells a side; what has that many pixels a side passes as it is, at no price."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.shape[-2:] == (self.output_size, self.output_size) else super().forward(x)
+
+
 class MathSymbolCNN(nn.Sequential):
     """Five 3x3 convolutions in three stages, pooled to 4x4, and a hidden layer of 512: the light network.
 
@@ -1866,7 +1873,7 @@ class MathSymbolCNN(nn.Sequential):
         self.conv3 = nn.Sequential(convolution(64, 128), nn.ReLU(inplace=True), SqueezeExcitation(128, 16))
         self.conv4 = nn.Sequential(convolution(128, 128), *pooled(1 / 3))
         self.conv5 = nn.Sequential(convolution(128, 256), *pooled(1 / 3), SqueezeExcitation(256, 32))
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten())
+        self.pool = nn.Sequential(AveragePool(4), nn.Flatten())
         self.hidden = nn.Sequential(nn.Linear(256 * 16, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True))
         self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(512, num_classes))
 

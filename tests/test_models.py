@@ -34,6 +34,13 @@ def test_gradients_reach_every_weight(name):
     assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in model.parameters())
 
 
+@pytest.mark.parametrize("side", [3, 4, 5, 6])
+def test_the_light_networks_pooling_is_torchs(side):
+    x = torch.rand(2, 3, side, side)
+    assert torch.equal(script.AveragePool(4)(x), torch.nn.functional.adaptive_avg_pool2d(x, 4))
+    assert (script.AveragePool(4)(x) is x) == (side == 4)
+
+
 def test_weights_come_from_the_seed_alone():
     config = Config(model="cnn", dropout=0.1)
     first = script.build_model(config, 5).state_dict()
