@@ -606,8 +606,6 @@ def join_ranks(device: torch.device) -> Ranks:
     """Meet the other processes that torchrun started, if it did; leave them at the program's end."""
     if not is_launched():
         return Ranks()
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if not dist.is_initialized():
         end_with_parent()  # which a torchrun that is killed leaves alone
         # One machine may decode for hours while the others wait; that a rank has died is noticed by torchrun.
@@ -624,6 +622,22 @@ def join_ranks(device: torch.device) -> Ranks:
 def is_lost_rank(error: RuntimeError) -> bool:
     """Whether an error says that another rank has gone, as gloo and NCCL say it."""
     return is_launched() and (isinstance(error, dist.DistError) or "gloo" in str(error).lower())
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device had too little memory; Apple's GPU has no error of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+@contextlib.contextmanager
+def memory_remedy(remedy: str):
+    """Make a DataError with this remedy of a device's running out of memory inside a with statement."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DataError(f"out of memory {remedy}") from None
 
 
 def warn(message: str) -> None:
@@ -679,17 +693,23 @@ def start_runtime(config: Config) -> Runtime:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS first multiplies
     device = choose_device(config.device)
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # of which all that is asked without naming one is asked
     precision = config.precision if config.precision != "auto" else best_precision(device)
     if precision == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 trains on a GPU only; on a CPU take bf16 or float32")
+    gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+    if config.compile and gpus > 1:
+        raise UsageError(f"--compile does not reach the threads in which one process uses {gpus} GPUs; start a rank on "
+                         f"each (torchrun --nproc-per-node={gpus} script.py ...), or take one with --device cuda:0")
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = not config.deterministic  # which takes the algorithm that is fastest today
         if config.deterministic:
             torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # of what is read nothing is uninitialised
     if device.type == "cpu":
         keep_freed_memory()
-    gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
     # On a CPU, the layers of more images at a time outgrow what keep_freed_memory can keep.
     eval_batch_size = config.eval_batch_size or (128 if device.type == "cpu" else 1024)
     return Runtime(device, precision, gpus, eval_batch_size, join_ranks(device))
@@ -1655,9 +1675,15 @@ def to_input(images: Tensor, config: Config) -> Tensor:
     if ink.shape[-1] != config.image_size:
         return F.interpolate(ink, size=(config.image_size, config.image_size), mode="bilinear", align_corners=False)
     if config.augment and config.soften and any(getattr(config, name) for name in WARPS):
-        line = torch.tensor([config.soften, 1 - 2 * config.soften, config.soften], device=ink.device)
-        ink = F.conv2d(ink, torch.outer(line, line)[None, None], padding=1)
+        ink = F.conv2d(ink, soft_kernel(config.soften, ink.device), padding=1)
     return ink
+
+
+@functools.lru_cache(maxsize=4)
+def soft_kernel(share: float, device: torch.device) -> Tensor:
+    """The kernel [1, 1, 3, 3] by which each neighbour in a row or a column gets this share of a pixel's ink."""
+    line = np.array([share, 1 - 2 * share, share], dtype=np.float32)
+    return send(np.outer(line, line), device)[None, None]
 
 
 ELASTIC_GRID = 5  # control points along a side of the elastic warp
@@ -2616,17 +2642,18 @@ class SharedDropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        whole = x.new_ones(self.part.total, *x.shape[1:])
-        if isinstance(self.layer, nn.Dropout2d):  # which draws for channels
-            whole = whole[:, :, :1, :1]
-        elif x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):  # numbers are drawn in this order
+        channels = isinstance(self.layer, nn.Dropout2d)  # which it draws for
+        whole = x.new_ones(self.part.total, *x.shape[1:2 if channels else None], *(1, 1) * channels)
+        if not channels and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            # Numbers are drawn in this order.
             whole = whole.contiguous(memory_format=torch.channels_last)
         return x * self.layer(whole)[self.part.first:self.part.last]
 
 
 def share_dropout(model: nn.Module) -> list[SharedDropout]:
     """Put every dropout of a network that ranks train together into a SharedDropout; the weights keep their names."""
-    layers = [(place, layer) for place, layer in model.named_modules() if isinstance(layer, (nn.Dropout, nn.Dropout2d))]
+    layers = [(place, layer) for place, layer in model.named_modules()
+              if isinstance(layer, (nn.Dropout, nn.Dropout2d)) and layer.p]
     shared = [SharedDropout(layer) for _, layer in layers]
     for (place, _), layer in zip(layers, shared):
         model.set_submodule(place, layer)
@@ -2657,26 +2684,31 @@ def make_optimizer(config: Config, groups: list[dict], fused: bool) -> torch.opt
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.optimizer](groups, **options)
 
 
-SMALLEST_PART = 64  # images of a rank, from which on their own mean and deviation are good enough for batch norm
+SMALLEST_PART = 64  # images of a rank or GPU, from which on their own mean and deviation are good for batch norm
 
 
 class Learner:
-    """The network in training, with its optimizer and its averaged weights."""
+    """The network in training, with its optimizer and its averaged weights.
 
-    def __init__(self, config: Config, model: nn.Module, num_classes: int, runtime: Runtime):
+    `least` images are in the smallest step: batch_size, where a table has so many.
+    """
+
+    def __init__(self, config: Config, model: nn.Module, num_classes: int, runtime: Runtime, least: int | None = None):
         self.config, self.num_classes, self.runtime, self.step = config, num_classes, runtime, 0
         self.model, self.updates, self.dropouts = model, 0, []
         if runtime.ranks.joined:
             self.dropouts = share_dropout(self.model)
             # It trains on GPUs alone, and waits for them three times a layer: for parts that are too small without.
-            if runtime.device.type == "cuda" and config.batch_size < SMALLEST_PART * runtime.ranks.count:
+            if runtime.device.type == "cuda" and self.is_too_small(least, runtime.ranks.count):
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+                warn(f"the ranks wait for each other in every batch norm, since a step has fewer than {SMALLEST_PART} "
+                     f"images for each; with --batch-size {SMALLEST_PART * runtime.ranks.count} or more they need not")
         self.statistics = gather_statistics(self.model)
         self.last_statistics = self.statistics.clone()
         self.momentum = max((layer.momentum for layer in self.model.modules() if getattr(layer, "momentum", None)),
                             default=0.1)
         self.batches = 0  # whose gradients have been added up for the next step of the optimizer
-        self.network = self.spread(InPrecision(self.model, runtime))
+        self.network = self.spread(InPrecision(self.model, runtime), least)
         self.weights = list(self.model.parameters())
         groups = [{"params": [weight for weight in self.weights if (weight.ndim > 1) == decayed],
                    "weight_decay": config.weight_decay * decayed} for decayed in (True, False)]
@@ -2689,7 +2721,11 @@ class Learner:
         self.sound = torch.ones((), device=runtime.device)  # 1 while all is finite, else 0: left on the device
         self.faults = torch.zeros(2, device=runtime.device)  # steps left out: in all, and one after another till now
 
-    def spread(self, network: nn.Module) -> nn.Module:
+    def is_too_small(self, least: int | None, parts: int) -> bool:
+        """Whether the smallest step is too small for batch norm to be left to so many parts of it."""
+        return (least or self.config.batch_size) < SMALLEST_PART * parts
+
+    def spread(self, network: nn.Module, least: int | None) -> nn.Module:
         """The network over all ranks, or over this process's GPUs; compiled where that is asked for."""
         if self.runtime.ranks.joined:
             options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -2697,7 +2733,10 @@ class Learner:
             network = nn.parallel.DistributedDataParallel(
                 network, gradient_as_bucket_view=True, find_unused_parameters=self.config.freeze_epochs > 0,
                 **{own_statistics: False})  # the name changed with torch 2.13; average_ranks sees to them
-        elif self.runtime.gpus > 1 and self.config.batch_size >= 8 * self.runtime.gpus:  # batch norm needs several
+        elif self.runtime.gpus > 1 and self.is_too_small(least, self.runtime.gpus):
+            warn(f"one of {self.runtime.gpus} GPUs trains: a step has too few images for more; give "
+                 f"--batch-size {SMALLEST_PART * self.runtime.gpus} or more, or start a rank on each with torchrun")
+        elif self.runtime.gpus > 1:
             network = nn.DataParallel(network)
         # An epoch's steps have two sizes; told that they may be any, the compiler gives up what it knows of each.
         return torch.compile(network, dynamic=False) if self.config.compile else network
@@ -2912,7 +2951,7 @@ def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
                 if stop:
                     raise Stopped(int(stop))
                 keeper.save(learner, progress, pace)
-            if done >= 1:
+            if update and done >= 1:  # all batches of a step of the optimizer, or none
                 break
             (share, update), part = shares[number], ranks.part(len(steps[number]), int(config.mixup or config.cutmix))
             tally.own += learner.learn(data.batch(steps[number], part), progress.epoch, done, share, update)
@@ -2953,13 +2992,17 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
         raise UsageError(f"--batch-size {config.batch_size} is less than two images for each of {ranks.count} ranks; "
                          "make it larger, or start fewer ranks")
     board = scalar_board(config) if ranks.rank == 0 else None
-    learner = Learner(config, start_model(config, data, runtime), len(data.classes), runtime)
+    learner = Learner(config, start_model(config, data, runtime), len(data.classes), runtime,
+                      min(config.batch_size, len(data.train_rows) // steps))
     pace = Pace(config.num_epochs * steps, seconds)
     with keeper.stops.hold():
         progress = keeper.begin(learner, data, pace)
         while not is_over(config, progress, *ranks.agree(pace.progress(learner.step))):
             try:
-                row = {"epoch": progress.epoch, **train(learner, data, progress, pace, keeper)}
+                with memory_remedy(f"with batches of {config.batch_size} images; try --batch-size "
+                                   f"{max(config.batch_size // 2, 2)}, with --accumulate {2 * config.accumulate} for "
+                                   "the same steps"):
+                    row = {"epoch": progress.epoch, **train(learner, data, progress, pace, keeper)}
                 if not progress.images and progress.history:  # the time ended with the epoch before
                     break
                 begun = time.monotonic()
@@ -2972,10 +3015,6 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
                 keeper.save(learner, progress, pace)
                 raise Stopped(stop.number, f"saved in {keeper.files[0]}; the same command goes on from there"
                               if keeper.path else "") from None
-            except torch.OutOfMemoryError:
-                raise DataError(f"out of memory with batches of {config.batch_size} images; try --batch-size "
-                                f"{max(config.batch_size // 2, 2)}, with --accumulate {2 * config.accumulate} for the "
-                                "same steps") from None
             row["seconds"] = progress.seconds + time.monotonic() - begun
             close_epoch(learner, data, progress, pace, keeper, row, board)
             if waits_in_vain(config, progress) and progress.epoch <= config.num_epochs:
@@ -3084,8 +3123,9 @@ def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config
     """
     model.eval()
     own, parts, size = runtime.ranks.part(len(rows)).places, [], runtime.eval_batch_size
+    remedy = f"while predicting {size} images at a time; try --eval-batch-size {max(size // 2, 1)}"
     for places in (own[first : first + size] for first in range(0, len(own), size)):
-        with runtime.autocast():
+        with runtime.autocast(), memory_remedy(remedy):
             parts.append(model(to_input(dataset.batch(rows[places])[0], config)).float().cpu())
     width, = runtime.ranks.agree(parts[0].shape[1] if parts else 0)  # a rank may have no row
     outputs = torch.zeros(len(rows), int(width))
@@ -4189,14 +4229,14 @@ def exit_status(action: Callable[[StopSignals], None], stopped: str) -> int:
     except DataError as error:
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_status
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        print(f"{name}: out of memory ({first_line(error)}); try half the --batch-size, or for prediction a smaller "
-              "--eval-batch-size", file=sys.stderr)
-        return 1
     except OSError as error:  # a full disk, a folder that vanished
         print(f"{name}: {error.filename or 'output'}: {error.strerror or error}", file=sys.stderr)
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or is_out_of_memory(error):
+            print(f"{name}: out of memory ({first_line(error)}); try half the --batch-size, or for prediction a "
+                  "smaller --eval-batch-size", file=sys.stderr)
+            return 1
         if not is_lost_rank(error):
             raise
         print(f"{name}: another rank has gone ({first_line(error)}); the same command goes on", file=sys.stderr)

@@ -11,6 +11,7 @@ competition=$(realpath "$1")
 python=$(realpath -s "$(command -v "${2:-python3}")")
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # several would share the batches of what is measured
 trap 'rm -rf "$folder"' EXIT
 deadline=$((SECONDS + 570))  # of ten minutes: the table takes some seconds too
 

@@ -13,4 +13,4 @@ def test_a_step_on_a_gpu_has_everything_there_and_waits_for_nothing():
     done = subprocess.run([sys.executable, REPOSITORY / "tests" / "without_gpu.py"], capture_output=True, text=True,
                           timeout=280)
     lines = done.stdout.splitlines()
-    assert len(lines) == 13 and all(line.endswith(": sound") for line in lines), done.stdout + done.stderr
+    assert len(lines) == 16 and all(line.endswith(": sound") for line in lines), done.stdout + done.stderr

@@ -223,6 +223,13 @@ def test_ranks_drop_what_one_drops(layer, shape, last):
     assert torch.equal(shared.eval()(x), x)
 
 
+def test_a_dropout_of_nothing_is_left_as_it_is():
+    """Of a whole step's ones for each of a transformer's layers no rank has the memory."""
+    model = nn.Sequential(nn.Dropout(0.0), nn.Dropout(0.1), nn.Dropout2d(0.0))
+    assert len(script.share_dropout(model)) == 1
+    assert [type(layer) for layer in model] == [nn.Dropout, script.SharedDropout, nn.Dropout2d]
+
+
 def test_ranks_augment_as_one_does():
     config = script.Config(image_size=16, erasing=0.5, thickness=0.3, contrast=0.5, brightness=0.5, crop=0.5,
                            perspective=0.1, shift=0.1)

@@ -472,6 +472,34 @@ def test_running_out_of_memory_names_the_batch_size_to_try(tmp_path, monkeypatch
         script.fit(dataclasses.replace(SMALL, output_dir=str(tmp_path)), small_data(), CPU)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)")])
+def test_running_out_of_memory_in_validation_names_its_own_batch_size(tmp_path, monkeypatch, error):
+    runtime = dataclasses.replace(CPU, eval_batch_size=64)
+
+    def exhaust(*_, **__):
+        raise error
+
+    monkeypatch.setattr(script, "to_input", exhaust)  # augmentation is trained on
+    with pytest.raises(DataError, match="out of memory while predicting 64 images at a time; try --eval-batch-size 32"):
+        script.fit(dataclasses.replace(SMALL, output_dir=str(tmp_path)), small_data(), runtime)
+
+
+def test_the_clock_ends_training_between_steps_of_the_optimizer(tmp_path, monkeypatch):
+    """Not inside a group of accumulated batches, where the ranks may not agree on the numbers."""
+    updates, real = [], Learner.learn
+
+    def learn(self, *arguments):
+        updates.append(arguments[-1])
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Learner, "learn", learn)
+    monkeypatch.setattr(Pace, "progress", lambda pace, step: step / 4)  # over after the first batch of the second group
+    data, config = small_data(80), dataclasses.replace(SMALL, output_dir=str(tmp_path), accumulate=3)
+    script.fit(config, data, CPU)
+    assert updates == [False, False, True, False, False, True]
+
+
 def test_averaged_weights_follow_a_decay_that_warms_up():
     model = torch.nn.Sequential(torch.nn.Linear(2, 1), torch.nn.BatchNorm1d(1))
     average = script.AveragedWeights(model, decay=0.5)
@@ -560,10 +588,28 @@ def test_gradients_are_clipped_and_small_weights_not_decayed():
 
 
 def test_several_gpus_keep_plain_names(monkeypatch):
-    learner = learner_of(dataclasses.replace(SMALL, batch_size=16), dataclasses.replace(CPU, gpus=2))
+    two, config = dataclasses.replace(CPU, gpus=2), dataclasses.replace(SMALL, batch_size=128)
+    learner = learner_of(config, two)
     assert isinstance(learner.network, torch.nn.DataParallel)
-    assert not isinstance(learner_of(SMALL, dataclasses.replace(CPU, gpus=2)).network, torch.nn.DataParallel)
     assert not any(name.startswith("module.") for name in learner.result.state_dict())
+
+
+def test_one_of_several_gpus_trains_on_steps_too_small_for_their_batch_norm(capsys):
+    """A table with fewer rows than batch_size has smaller steps than that."""
+    two, config = dataclasses.replace(CPU, gpus=2), dataclasses.replace(SMALL, batch_size=128)
+    model = CPU.place(script.build_model(config, 4))
+    for least in (57, 127):
+        assert not isinstance(Learner(config, model, 4, two, least).network, torch.nn.DataParallel)
+        assert "one of 2 GPUs trains: a step has too few images for more; give --batch-size 128" in (
+            capsys.readouterr().err)
+
+
+def test_compiling_for_several_gpus_of_one_process_is_refused(monkeypatch):
+    monkeypatch.setattr(script, "choose_device", lambda wanted: torch.device("cuda"))
+    monkeypatch.setattr(script, "best_precision", lambda device: "bf16")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match=r"--compile does not reach .* 2 GPUs; .*per-node=2 .* --device cuda:0"):
+        script.start_runtime(Config(compile=True))
 
 
 def test_threads_of_several_gpus_compute_in_the_runs_precision():

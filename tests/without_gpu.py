@@ -50,6 +50,10 @@ class Watch(TorchDispatchMode):
         result = operation(*arguments, **options)
         if "_to_copy" in name and arguments[0].device != result.device:
             assert result.device.type == "cuda" and options.get("non_blocking"), f"waits for a copy to {result.device}"
+        elif "_to_copy" not in name:
+            kinds = {part.device.type for part in tree_leaves((arguments, options))
+                     if isinstance(part, torch.Tensor) and part.ndim}
+            assert len(kinds) < 2, f"{name} on two devices"
         return result
 
 
@@ -128,7 +132,7 @@ def learn(flags: str, more: bool, room: bool) -> None:
         keys = torch.zeros(150, script.NeighbourVote.COMPONENTS, dtype=torch.bfloat16, device=GPU)
         vote = script.NeighbourVote(model, config, torch.zeros(width, keys.shape[1], device=GPU), keys,
                                     torch.zeros(150, dtype=torch.int64, device=GPU)).eval()
-        with torch.inference_mode(), runtime.autocast():
+        with torch.no_grad(), runtime.autocast():  # where it is inference_mode, Watch does not see copies
             answers = vote(script.to_input(data.batch(rows[:64]).images, config))
         assert answers.device.type == "cuda" and answers.shape == (64, CLASSES)
 
@@ -138,6 +142,9 @@ FAULTS = {  # what must be found, or the cases above show nothing
     "a number": lambda: torch.ones((), device=GPU).item(),
     "a copy to the host": lambda: torch.ones(3, device=GPU).cpu(),
     "a copy that is waited for": lambda: torch.ones(3).to(GPU),
+    "a copy inside": lambda: torch.ones(3, device=GPU).copy_(torch.ones(3)),
+    "an index elsewhere": lambda: torch.ones(3, device=GPU)[torch.tensor([0, 1])],
+    "a number sent": lambda: torch.tensor([0.5], device=GPU),
     "a mask": lambda: torch.ones(3, device=GPU)[torch.ones(3, dtype=torch.bool, device=GPU)],
     "a fused kernel on two devices": lambda: torch._fused_sgd_(
         [torch.ones(3, device=GPU)], [torch.ones(3)], [], weight_decay=0, momentum=0, lr=1, dampening=0, nesterov=False,
