@@ -74,6 +74,11 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # ==== 1. Config: every number that a user tunes; a field is also a flag (`--num-epochs 5`), its comment the help ======
 
 Schedule = Literal["cosine", "onecycle", "cyclic", "step", "multistep", "plateau", "constant"]
@@ -1504,8 +1509,9 @@ def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -
     decode = functools.partial(decode_image, statistics)
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)
     pool = ProcessPoolExecutor(max(workers, 1), mp_context=context, initializer=follow_parent)
-    try:  # a pool starts processes when it is given work
-        results = pool.map(decode, paths, chunksize=DECODE_CHUNK) if workers else map(decode, paths)
+    try:
+        with no_signals():  # a pool starts processes when it is given work
+            results = pool.map(decode, paths, chunksize=DECODE_CHUNK) if workers else map(decode, paths)
         for position, result in enumerate(tqdm(results, "decoding", len(paths), unit="img", disable=None)):
             if isinstance(result, str):
                 faults[position] = result
@@ -1516,8 +1522,27 @@ def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -
     return images, faults
 
 
+@contextlib.contextmanager
+def no_signals():
+    """Let the signals that ask a program to end wait inside a with statement: what they raise while it forks is lost.
+
+    For Python drops what is raised in its libraries' hooks for forks. What is forked inside is born without them too.
+    """
+    numbers = {getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1")} - {None}
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, which does not fork
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def follow_parent() -> None:
     """Leave the signals that a terminal sends to all to the parent of this decoding process, and end with it."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for name, handler in (("SIGINT", signal.SIG_IGN), ("SIGTERM", signal.SIG_DFL), ("SIGUSR1", signal.SIG_IGN)):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), handler)
@@ -2316,9 +2341,10 @@ class RunKeeper:
     """
 
     def __init__(self, config: Config, path: Path | None = None, about: dict | None = None,
-                 stops: StopSignals | None = None, ranks: Ranks = Ranks()):
+                 stops: StopSignals | None = None, ranks: Ranks = Ranks(), started: float | None = None):
         self.config, self.path, self.about, self.stops = config, path, about or {}, stops or StopSignals()
-        self.found, self.started, self.saved, self.ranks = None, time.monotonic(), time.monotonic(), ranks
+        self.found, self.saved, self.ranks = None, time.monotonic(), ranks
+        self.started = self.saved if started is None else started  # when this process began with the run
         self.took = 0.0  # seconds of the last writing
         if path and config.resume:
             self.found = ranks.ask_first(self.find)
@@ -2350,14 +2376,21 @@ class RunKeeper:
                                 "it, or --no-resume to start over")
             for fault in faults:
                 warn(f"{fault}; the one before it is taken")
-            best = found["progress"]["best"]
-            if best and not self.path.with_name(self.config.model_file).exists():
-                raise DataError(f"{path}: holds an unfinished run whose {self.config.model_file}, of epoch "
-                                f"{best['epoch']}, is gone; put it back, or start over with --no-resume")
+            if best := found["progress"]["best"]:
+                self.check_best(path, best["epoch"])
             return found
         if faults:
             raise DataError(f"{faults[0]}; remove it, or start over with --no-resume")
         return None
+
+    def check_best(self, path: Path, epoch: int) -> None:
+        """Raise DataError where the network that an unfinished run has kept is gone, or spoilt."""
+        try:
+            read_content(self.path.with_name(self.config.model_file))
+        except Exception as error:  # zipfile, pickle and torch each raise their own
+            what = "gone" if isinstance(error, FileNotFoundError) else f"spoilt ({first_line(error)})"
+            raise DataError(f"{path}: holds an unfinished run whose {self.config.model_file}, of epoch {epoch}, is "
+                            f"{what}; put it back, or start over with --no-resume") from None
 
     def begin(self, learner: "Learner", data: "TrainingData", pace: "Pace") -> Progress:
         """Where training starts or goes on. What an earlier run left is let go of here, when nothing can be wrong."""
@@ -2368,8 +2401,13 @@ class RunKeeper:
             progress = Progress()
             self.remember(learner, progress)
             return progress
-        progress = self.recall(self.found, learner)
-        self.state = self.found
+        try:
+            progress = self.recall(self.found, learner)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self.files[0]}: does not fit the network or the optimizer that script.py has now "
+                            f"({first_line(error)}); give it back those of the unfinished run, or start over with "
+                            "--no-resume") from None
+        self.state = self.found.get("epoch_start") or self.found
         print(f"goes on from {self.files[0].name}: epoch {progress.epoch} of {self.config.num_epochs}, "
               f"step {progress.steps} of {steps_in_epoch(data.train_rows, self.config)}, after "
               f"{progress.trained / 60:.1f} minutes of training")
@@ -2385,32 +2423,46 @@ class RunKeeper:
         learner.restore(state["learner"])
         return Progress(**copy.deepcopy(state["progress"]))
 
-    def remember(self, learner: "Learner", progress: Progress) -> None:
-        """Keep a state in memory."""
-        self.state = {"learner": learner.state(), "progress": dataclasses.asdict(progress)}
+    def picture(self, learner: "Learner", progress: Progress) -> dict:
+        """A state, copied."""
+        return {"learner": learner.state(), "progress": dataclasses.asdict(progress)}
+
+    def remember(self, learner: "Learner", progress: Progress) -> dict:
+        """Keep a state in memory, to go back to; gives it."""
+        self.state = self.picture(learner, progress)
+        return self.state
 
     def is_due(self) -> bool:
         """Whether it is time to save."""
         return bool(self.path) and time.monotonic() - self.saved >= 60 * self.config.checkpoint_minutes
 
     def save(self, learner: "Learner", progress: Progress, pace: "Pace", least: float = 0.0) -> None:
-        """Keep a state in memory, and on the disk, where the one before it stays, if that is `least` seconds ago.
+        """Write a state to the disk, where the one before it stays, if that is `least` seconds ago.
 
-        Or more, so that writing takes no more than a twentieth of the time; 0 is at once.
+        Or more, so that writing takes no more than a twentieth of the time; 0 is at once. An epoch's beginning is kept
+        in memory too. It alone is gone back to, so that it makes no difference when a state was saved.
         """
         progress.trained, begun = pace.spent, time.monotonic()
-        self.remember(learner, progress)
+        now = self.remember(learner, progress) if not progress.steps else self.picture(learner, progress)
         if self.path and begun - self.saved >= (least and max(least, 20 * self.took)):
             if self.ranks.rank == 0:
-                self.write()
+                self.write(now)
             self.saved = time.monotonic()
             self.took = self.saved - begun
 
-    def write(self) -> None:
-        """Write the state that is kept to last.pth; the one before it stays beside it."""
+    def stop(self, learner: "Learner", progress: Progress, pace: "Pace", number: int) -> Stopped:
+        """Save, for a signal of this number; gives what is to be raised."""
+        self.save(learner, progress, pace)
+        command = "the same command" + " without --no-resume" * (not self.config.resume)
+        return Stopped(number, f"saved in {self.files[0]}; {command} goes on from there" if self.path else "")
+
+    def write(self, now: dict) -> None:
+        """Write a state to last.pth, with that of its epoch's beginning; the one before it stays beside it."""
         last, before, following = self.files
+        start = {} if now is self.state else {"epoch_start": {name: self.state[name] for name in now}}
         elapsed = self.elapsed + time.monotonic() - self.started
-        write_content(following, {**self.state, "about": self.about, "elapsed": elapsed, "versions": self.versions()})
+        write_content(following, {**now, **start, "about": self.about, "elapsed": elapsed,
+                                  "versions": self.versions()})
         if last.exists():
             os.replace(last, before)
         os.replace(following, last)
@@ -2431,6 +2483,7 @@ class RunKeeper:
         wrong, progress = progress.epoch, self.recall(self.state, learner)
         progress.setbacks = count
         learner.slow_down()
+        self.remember(learner, progress)  # with its rate and its count
         print(f"no finite numbers in epoch {wrong}: back to epoch {progress.epoch}, step "
               f"{progress.steps}, with {learner.rate:g} of the rate", flush=True)
         self.save(learner, progress, pace)
@@ -2449,8 +2502,9 @@ def identify_run(config: Config, data: "TrainingData", runtime: Runtime) -> dict
                    *([] if data.weights is None else [data.weights.cpu().numpy()])):
         total.update(np.ascontiguousarray(values).data)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in RESUME_SETTINGS}
+    teachers = [] if data.taught is None else [digest(read_content(path)) for path in teacher_files(config)]
     return {"settings": settings, "classes": data.classes, "data": total.hexdigest(),
-            "device": runtime.device.type, "taught": "" if data.taught is None else digest(data.taught)}
+            "device": runtime.device.type, "taught": teachers}
 
 
 def describe_difference(found: dict, own: dict) -> str:
@@ -2463,8 +2517,8 @@ def describe_difference(found: dict, own: dict) -> str:
         return f"{len(found['classes'])} other classes"
     if found["data"] != own["data"]:
         return "other training rows or images"
-    if found.get("taught", "") != own["taught"]:
-        return "other answers of its teachers"
+    if (found.get("taught") or []) != own["taught"]:
+        return "other teachers"
     return f"device {found['device']} (not {own['device']})" if found["device"] != own["device"] else ""
 
 
@@ -2510,10 +2564,10 @@ class TrainingData:
         return Batch(*self.dataset.batch(own), taught, weights, part)
 
 
-def start_model(config: Config, data: TrainingData, runtime: Runtime) -> nn.Module:
-    """The network to train, on the device: with the weights to start from, and normalisation measured."""
+def start_model(config: Config, data: TrainingData, runtime: Runtime, fresh: bool = True) -> nn.Module:
+    """The network to train, on the device: with the weights to start from, if `fresh`, and normalisation measured."""
     model = build_model(config, len(data.classes))
-    if config.weights:
+    if config.weights and fresh:  # a run that goes on has its own
         load_weights(model, config, data.classes)
     model = runtime.place(model)
     if config.normalize != "none":
@@ -2987,14 +3041,16 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
     `seconds` training ends; the schedule is laid over the time there is. A `keeper` with a path makes it a training
     that can be stopped and goes on.
     """
-    keeper, ranks, steps = keeper or RunKeeper(config), runtime.ranks, steps_in_epoch(data.train_rows, config)
+    begun, keeper, ranks = time.monotonic(), keeper or RunKeeper(config), runtime.ranks
+    steps = steps_in_epoch(data.train_rows, config)
     if len(data.train_rows) // steps < 2 * ranks.count > 2:
         raise UsageError(f"--batch-size {config.batch_size} is less than two images for each of {ranks.count} ranks; "
                          "make it larger, or start fewer ranks")
     board = scalar_board(config) if ranks.rank == 0 else None
-    learner = Learner(config, start_model(config, data, runtime), len(data.classes), runtime,
+    model = start_model(config, data, runtime, fresh=not keeper.found)
+    learner = Learner(config, model, len(data.classes), runtime,
                       min(config.batch_size, len(data.train_rows) // steps))
-    pace = Pace(config.num_epochs * steps, seconds)
+    pace = Pace(config.num_epochs * steps, seconds - (time.monotonic() - begun))  # weights may have been downloaded
     with keeper.stops.hold():
         progress = keeper.begin(learner, data, pace)
         while not is_over(config, progress, *ranks.agree(pace.progress(learner.step))):
@@ -3012,13 +3068,14 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
                 progress = keeper.go_back(learner, progress, pace)
                 continue
             except Stopped as stop:
-                keeper.save(learner, progress, pace)
-                raise Stopped(stop.number, f"saved in {keeper.files[0]}; the same command goes on from there"
-                              if keeper.path else "") from None
+                raise keeper.stop(learner, progress, pace, stop.number) from None
             row["seconds"] = progress.seconds + time.monotonic() - begun
             close_epoch(learner, data, progress, pace, keeper, row, board)
             if waits_in_vain(config, progress) and progress.epoch <= config.num_epochs:
                 print(f"stopped early: {config.early_stopping} epochs without a better validation {config.select_by}")
+        stop, = ranks.agree(keeper.stops.waiting or 0)  # a signal that came while the last epoch was written
+        if stop:
+            raise keeper.stop(learner, progress, pace, int(stop))
     return pd.DataFrame(progress.history, columns=HISTORY_COLUMNS)
 
 
@@ -3086,6 +3143,24 @@ def describe_epoch(row: dict, epochs: int, images_per_second: float) -> str:
     return text + f"  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s  {images_per_second:,.0f} images/s"
 
 
+def seconds_per_image(model: nn.Module, data: TrainingData, config: Config, runtime: Runtime) -> float:
+    """How long a network takes for an image, on the first training rows."""
+    rows, seconds = data.train_rows[: 4 * runtime.eval_batch_size], []
+    for _ in range(3):  # the first is slowed by set-up
+        begun = time.monotonic()
+        predict(model, data.dataset, rows, config, runtime)
+        seconds.append(time.monotonic() - begun)
+    return min(seconds) / len(rows)
+
+
+def blank_memory(model: nn.Module, data: TrainingData, config: Config, runtime: Runtime) -> NeighbourVote:
+    """The network with a memory of as many training images as it will have, and nothing of them in it."""
+    width = next(layer for layer in list(model.children())[-1].modules() if isinstance(layer, nn.Linear)).in_features
+    keys = torch.zeros(len(data.train_rows), NeighbourVote.COMPONENTS, dtype=torch.bfloat16)
+    projection, targets = torch.zeros(width, NeighbourVote.COMPONENTS), torch.zeros(len(keys), dtype=torch.int64)
+    return runtime.place(NeighbourVote(model, config, projection, keys, targets))
+
+
 def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime: Runtime, started: float,
                      goes_on: bool = False) -> float:
     """What max_minutes leaves for training beside the last validation, prediction and writing, as measured here.
@@ -3095,14 +3170,12 @@ def seconds_to_train(config: Config, data: TrainingData, test_rows: int, runtime
     if not config.max_minutes:
         return math.inf
     model = runtime.place(build_model(config, len(data.classes)))
-    rows, seconds = data.train_rows[: 4 * runtime.eval_batch_size], []
-    for _ in range(3):  # the first is slowed by set-up
-        begun = time.monotonic()
-        predict(model, data.dataset, rows, config, runtime)
-        seconds.append(time.monotonic() - begun)
-    per_image = min(seconds) / len(rows)
-    images = 2 * len(data.val_rows) + test_rows + (len(data.train_rows) if config.neighbours else 0)
-    reserve = 10 + 10 * config.pictures + 1.5 * per_image * images  # seconds to import, to write, to exit and to draw
+    alone = answer = seconds_per_image(model, data, config, runtime)
+    if config.neighbours:
+        answer = seconds_per_image(blank_memory(model, data, config, runtime), data, config, runtime)
+    passes = (alone * (len(data.val_rows) + len(data.train_rows) * (config.neighbours > 0))
+              + answer * (len(data.val_rows) + test_rows))
+    reserve = 10 + 10 * config.pictures + 1.5 * passes  # seconds to import, to write, to exit and to draw
     left = -runtime.ranks.agree(reserve + time.monotonic() - started - 60 * config.max_minutes)[0]
     if left <= 0 and not goes_on:
         raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: "
@@ -3130,7 +3203,8 @@ def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, config
     width, = runtime.ranks.agree(parts[0].shape[1] if parts else 0)  # a rank may have no row
     outputs = torch.zeros(len(rows), int(width))
     outputs[own] = torch.cat([outputs[:0], *parts])
-    if runtime.ranks.add(outputs).isnan().any():
+    # Of a vote a probability may be 0, and its logarithm without a limit below.
+    if not (runtime.ranks.add(outputs) < math.inf).all():
         raise DataError("the network gives no numbers for some images: its training diverged; lower --learning-rate")
     return outputs.numpy()
 
@@ -3174,6 +3248,9 @@ def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> Neighbou
     config = trained.config
     body = runtime.place(nn.Sequential(*list(trained.model.children())[:-1]))
     seen = torch.from_numpy(infer(body, data.dataset, data.train_rows, config, runtime))
+    if not (seen.T @ seen).isfinite().all():
+        raise DataError("what the network sees in images is too large to be remembered: its training diverged; lower "
+                        "--learning-rate, or leave out the vote with --neighbours 0")
     spread = (seen.T @ seen).double()  # in float32, eigh does not always converge on the features of few images
     projection = torch.linalg.eigh(spread).eigenvectors[:, -NeighbourVote.COMPONENTS:].float().contiguous()
     keys = F.normalize(seen @ projection, dim=1).to(torch.bfloat16)  # fine enough, at half the size
@@ -3908,16 +3985,46 @@ def run(config: Config, started: float, stops: StopSignals) -> None:
         run_one(config, data, task, started)
 
 
+@contextlib.contextmanager
+def folder_to_itself(folder: Path):
+    """Keep other runs of this machine out of an output folder inside a with statement; nothing on Windows.
+
+    Raises DataError where one is in it. The system lets go of the folder when the process ends, however it ends.
+    """
+    if fcntl is None:
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another run is writing there; wait for it, or name another --output-dir"
+                            ) from None
+        except OSError:  # some network drives know no locks
+            pass
+        yield
+    finally:
+        os.close(number)
+
+
 def run_one(config: Config, data: TrainingData, task: Task, started: float, taken: float = 0.0) -> float:
     """Train a network and write all that belongs to it into the output folder; gives the seconds since its start.
 
     `taken` are seconds of max_minutes that are not for this network.
     """
-    folder, runtime = output_folder(config), task.runtime
+    folder = output_folder(config)
+    with contextlib.nullcontext() if task.runtime.ranks.rank else folder_to_itself(folder):
+        return train_and_write(config, data, task, started, taken)
+
+
+def train_and_write(config: Config, data: TrainingData, task: Task, started: float, taken: float) -> float:
+    """What run_one does in its folder."""
+    folder, runtime = Path(config.output_dir), task.runtime
     about = agreed_run(config, data, runtime)
     if data.extra:
         print(describe_extra(config, data))
-    keeper = RunKeeper(config, folder / "last.pth", about, task.stops, runtime.ranks)
+    keeper = RunKeeper(config, folder / "last.pth", about, task.stops, runtime.ranks, started)
     started -= keeper.elapsed
     to_predict = len(task.test_table) * (2 if config.folds else 1)  # once more with the other folds' networks
     seconds = seconds_to_train(config, data, to_predict, runtime, started - taken, goes_on=keeper.found is not None)
@@ -3929,13 +4036,14 @@ def run_one(config: Config, data: TrainingData, task: Task, started: float, take
         write_answers(config, task.test_table, probabilities, data.classes, 1)
         if judged:
             write_probabilities(folder / "val_probabilities.npz", judged, data.classes)
-        write_run_record(folder / "run.json", config, runtime, best.metrics, started, about["data"])
         if config.pictures:
             draw_training(folder, data, history, best.metrics["epoch"], task.symbols)
         if judged:
             write_judgement(folder, "", judged, data.classes, task.symbols, config.pictures)
         remove_leftovers(config, {"history.csv", "class_distribution.png", "samples.png", "curves.png",
                                   *(JUDGEMENT_FILES if judged else ())})
+        # By which a fold counts as finished, so the last of all.
+        write_run_record(folder / "run.json", config, runtime, best.metrics, started, about["data"])
         keeper.discard()
         print(describe_result(config, best.metrics, history, started))
     return time.monotonic() - started
@@ -3989,14 +4097,15 @@ def run_folds(config: Config, data: TrainingData, task: Task, started: float) ->
     for fold, record in finished.items():
         print(f"fold {fold} is finished: validation accuracy {record['metrics']['val_accuracy']:.2%}")
     limit = 60 * config.max_minutes
-    used = time.monotonic() - started + sum(record["seconds"] for record in finished.values())
+    used = sum(record["seconds"] for record in finished.values())
     for place, fold in enumerate(left := [fold for fold in wanted if fold not in finished]):
         print(f"fold {fold} of 0 to {config.folds - 1}, in {every[fold].output_dir}", flush=True)
         own = fold_data(data, fold)
         if config.teachers:
             taught = data.taught if config.fold is not None else ask_teachers(every[fold], own, task.runtime)
             own = dataclasses.replace(own, taught=taught)
-        used += run_one(every[fold], own, task, time.monotonic(), limit - (limit - used) / (len(left) - place))
+        begun = time.monotonic() if place else started  # the first one pays for what was prepared for all
+        used += run_one(every[fold], own, task, begun, limit - (limit - used) / (len(left) - place))
     join_folds(config, every, data, task)
 
 
@@ -4259,7 +4368,7 @@ def main(argv: list[str] | None = None) -> int:
         return exit_status(lambda stops: run(config, started, stops), "the same command goes on with what is saved in "
                            f"last.pth in {config.output_dir}, or starts over where there is none")
     work = {"predict": predict_command, "evaluate": evaluate_command}[command]
-    return exit_status(lambda _: work(config, checkpoints, started), "nothing was written")
+    return exit_status(lambda _: work(config, checkpoints, started), "what was not written yet stays as it was")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import ast
 import itertools
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -86,6 +87,22 @@ def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
     with script.whole_file(path) as temporary:
         temporary.write_text("new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["kept.csv"]
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    with (script.folder_to_itself(tmp_path), pytest.raises(script.DataError, match="another run is writing there"),
+          script.folder_to_itself(tmp_path)):
+        pass
+    with script.folder_to_itself(tmp_path):
+        pass
+
+
+def test_a_signal_waits_while_the_program_forks():
+    with script.StopSignals() as stops:
+        with pytest.raises(script.Stopped), script.no_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stops.waiting is None
+        assert stops.waiting == signal.SIGTERM
 
 
 def test_step_seeds_differ_by_seed_epoch_and_step():

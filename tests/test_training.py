@@ -452,6 +452,129 @@ def test_training_goes_back_and_learns_more_slowly(tmp_path, monkeypatch, capsys
     assert len(history) == 4 and all_finite(script.load_checkpoint(tmp_path / "best_model.pth").model.state_dict())
 
 
+@pytest.mark.parametrize("minutes", [0.0, 10.0])
+def test_when_a_state_was_saved_does_not_matter_to_a_setback(tmp_path, monkeypatch, capsys, minutes):
+    """A state from the middle of an epoch may be doomed already: the epoch's beginning is gone back to."""
+    def spoil_a_weight(learner):
+        learner.weights[0].data[0] = math.nan
+
+    poisoned(monkeypatch, {10}, spoil_a_weight)  # the second step of the third epoch
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=4, checkpoint_minutes=minutes)
+    data = small_data()
+    script.fit(config, data, CPU, keeper=script.RunKeeper(config, tmp_path / "last.pth", script.identify_run(
+        config, data, CPU)))
+    assert "back to epoch 3, step 0, with 0.5 of the rate" in capsys.readouterr().out
+
+
+def test_a_state_from_the_middle_of_an_epoch_holds_its_beginning(tmp_path, monkeypatch, capsys):
+    """What goes on from there goes back to where the run that was not stopped would have gone back to."""
+    def spoil_a_weight(learner):
+        learner.weights[0].data[0] = math.nan
+
+    config, data = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=3), small_data()
+    about = script.identify_run(config, data, CPU)
+    keeper = script.RunKeeper(config, tmp_path / "last.pth", about)
+    with monkeypatch.context() as patches:
+        stop_after(patches, keeper.stops, 6)
+        with pytest.raises(script.Stopped):
+            script.fit(config, data, CPU, keeper=keeper)
+    assert script.read_content(tmp_path / "last.pth")["progress"]["steps"] == 2
+    poisoned(monkeypatch, {1}, spoil_a_weight)
+    script.fit(config, data, CPU, keeper=script.RunKeeper(config, tmp_path / "last.pth", about))
+    out = capsys.readouterr().out
+    assert "goes on from last.pth: epoch 2 of 3, step 2" in out and "back to epoch 2, step 0, with 0.5 of" in out
+
+
+def test_a_state_of_another_network_is_one_line(tmp_path, monkeypatch):
+    """Its settings are the same, but script.py was changed."""
+    config, data = dataclasses.replace(SMALL, output_dir=str(tmp_path), model="tiny"), small_data()
+    about = script.identify_run(config, data, CPU)
+    keeper = script.RunKeeper(config, tmp_path / "last.pth", about)
+    with monkeypatch.context() as patches:
+        stop_after(patches, keeper.stops, 2)
+        with pytest.raises(script.Stopped):
+            script.fit(config, data, CPU, keeper=keeper)
+    monkeypatch.setitem(script.MODELS, "tiny", script.DigitCNN)
+    with pytest.raises(DataError, match=r"last.pth: does not fit the network .*; give it back .* --no-resume$"):
+        script.fit(config, data, CPU, keeper=script.RunKeeper(config, tmp_path / "last.pth", about))
+
+
+def test_a_network_kept_by_an_unfinished_run_and_spoilt_since_is_told_at_once(tmp_path, monkeypatch):
+    config, data = dataclasses.replace(SMALL, output_dir=str(tmp_path), model="tiny"), small_data()
+    about = script.identify_run(config, data, CPU)
+    keeper = script.RunKeeper(config, tmp_path / "last.pth", about)
+    with monkeypatch.context() as patches:
+        stop_after(patches, keeper.stops, 6)
+        with pytest.raises(script.Stopped):
+            script.fit(config, data, CPU, keeper=keeper)
+    whole = (tmp_path / "best_model.pth").read_bytes()
+    (tmp_path / "best_model.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"whose best_model.pth, of epoch 1, is spoilt .*; put it back"):
+        script.RunKeeper(config, tmp_path / "last.pth", about)
+
+
+def test_a_signal_during_the_last_epochs_end_is_not_lost(tmp_path, monkeypatch):
+    config, data = dataclasses.replace(SMALL, output_dir=str(tmp_path), model="tiny", resume=False), small_data()
+    keeper, real = script.RunKeeper(config, tmp_path / "last.pth"), script.close_epoch
+
+    def close(learner, data, progress, *rest):
+        real(learner, data, progress, *rest)
+        if progress.epoch > config.num_epochs:
+            keeper.stops.waiting = signal.SIGTERM
+
+    monkeypatch.setattr(script, "close_epoch", close)
+    with pytest.raises(script.Stopped, match="the same command without --no-resume goes on from there"):
+        script.fit(config, data, CPU, keeper=keeper)
+    assert script.read_content(tmp_path / "last.pth")["progress"]["epoch"] == config.num_epochs + 1
+
+
+def test_numbers_without_a_limit_are_no_answer(tmp_path):
+    """Of logits of +inf, probabilities are no numbers; logarithms of 0 are sound."""
+    data, config = small_data(), dataclasses.replace(SMALL, augment=False)
+    bias = torch.nn.Parameter(torch.tensor([0.0, math.inf, 0.0, 0.0]))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 4))
+    model[1].bias = bias
+    with pytest.raises(DataError, match="its training diverged"):
+        script.predict(model, data.dataset, np.arange(4), config, CPU)
+    bias.data[1] = -math.inf
+    assert (script.predict(model, data.dataset, np.arange(4), config, CPU)[:, 1] == 0).all()
+
+
+def test_features_too_large_to_be_remembered_are_one_line(tmp_path):
+    data, config = small_data(), dataclasses.replace(SMALL, model="tiny", neighbours=5)
+    model = script.build_model(config, 4)
+    model.conv5[0][1].weight.data[:] = 1e30
+    trained = script.Trained(model, config, data.classes, data.statistics, {})
+    with pytest.raises(DataError, match="too large to be remembered: its training diverged"):
+        script.remember(trained, data, CPU)
+
+
+def test_the_vote_is_part_of_what_prediction_takes(monkeypatch):
+    """A tiny network answers faster than the memory of many training images does."""
+    seconds = {script.NeighbourVote: 1e-3, script.TinyCNN: 1e-6}
+    monkeypatch.setattr(script, "seconds_per_image", lambda model, *_: seconds[type(model)])
+    config = dataclasses.replace(SMALL, model="tiny", max_minutes=2.0, pictures=False)
+    left = [script.seconds_to_train(dataclasses.replace(config, neighbours=count), small_data(), 20_000, CPU,
+                                    time.monotonic()) for count in (30, 0)]
+    assert left[1] - left[0] == pytest.approx(30, abs=1)
+
+
+def test_time_that_passes_before_the_first_step_is_part_of_the_training(tmp_path, monkeypatch):
+    real, paces = script.start_model, []
+
+    def slowly(*arguments, **options):
+        time.sleep(0.5)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(script, "start_model", slowly)
+    monkeypatch.setattr(Pace, "go_on", lambda *_: None)
+    begin = script.RunKeeper.begin
+    monkeypatch.setattr(script.RunKeeper, "begin", lambda keeper, learner, data, pace: (
+        paces.append(pace), begin(keeper, learner, data, pace))[1])
+    script.fit(dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=1), small_data(), CPU, seconds=100)
+    assert 95 < paces[0].seconds <= 99.5
+
+
 def test_training_that_always_diverges_ends_with_the_best_model_intact(tmp_path, monkeypatch, capsys):
     poisoned(monkeypatch, set(range(10, 10_000)), inputs_that_overflow)
     monkeypatch.setattr(script, "FAULT_STEPS", 5)
