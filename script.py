@@ -812,7 +812,10 @@ def whole_file(path: Path):
         if os.name == "posix":  # the name is in the folder, which is flushed by itself
             flush(path.parent)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a full disk names no file
+        if error.errno is None:  # pandas tells of a folder that is not there in words alone
+            raise OSError(errno.EIO, str(error), str(path)) from None
+        if error.filename in (None, str(temporary)):  # a full disk names no file
+            error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
@@ -1410,11 +1413,15 @@ def paper_of(grey: np.ndarray, alpha: np.ndarray | None) -> int:
     return 255 if np.median(border(grey)[border(opaque)]) > 127 else 0
 
 
+def bare_ink(grey: np.ndarray, alpha: np.ndarray | None, paper: int) -> np.ndarray:
+    """Ink [H, W], uint8, paper 0, of an image of any shape."""
+    ink = grey if paper == 0 else 255 - grey
+    return ink if alpha is None else (ink.astype(np.uint16) * alpha // 255).astype(np.uint8)
+
+
 def to_ink(grey: np.ndarray, alpha: np.ndarray | None, statistics: ImageStatistics) -> np.ndarray:
     """Ink [size, size], uint8, paper 0: fitted without distortion, centred on paper."""
-    ink = grey if statistics.paper == 0 else 255 - grey
-    if alpha is not None:
-        ink = (ink.astype(np.uint16) * alpha // 255).astype(np.uint8)
+    ink = bare_ink(grey, alpha, statistics.paper)
     size, (height, width) = statistics.size, ink.shape
     if height == width == size:
         return ink
@@ -1436,7 +1443,7 @@ def read_picture(path: Path, size: int, crop: bool) -> np.ndarray:
         raise DataError(f"{path}: {describe_image_fault(error)}") from None
     paper = paper_of(grey, alpha)
     if crop:
-        ink = to_ink(grey, alpha, ImageStatistics(paper, max(grey.shape)))
+        ink = bare_ink(grey, alpha, paper)
         rows, columns = (np.flatnonzero(ink.max(axis=axis) > 127) for axis in (1, 0))
         if len(rows):
             return to_ink(ink[rows[0]: rows[-1] + 1, columns[0]: columns[-1] + 1], None, ImageStatistics(0, size))
@@ -1706,6 +1713,7 @@ def to_input(images: Tensor, config: Config) -> Tensor:
 
 
 @functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # who asks next may want gradients through it
 def soft_kernel(share: float, device: torch.device) -> Tensor:
     """The kernel [1, 1, 3, 3] by which each neighbour in a row or a column gets this share of a pixel's ink."""
     line = np.array([share, 1 - 2 * share, share], dtype=np.float32)
@@ -4282,16 +4290,19 @@ def choose_members(config: Config, checkpoints: list[str], table: Table | None =
 
     Saved probabilities, which must be of the rows of `table`, may be among them where there is one.
     """
-    runtime = start_runtime(config)
     names = checkpoints or [Path(config.output_dir, config.model_file)]
     members = look_at_members([Path(name) for name in names], table)
-    made_in = next((member.config.precision for member in members if member.config), "")
-    if config.views > 1 and not made_in:
+    if config.views > 1 and not any(member.config for member in members):
         raise UsageError(f"--views {config.views}: saved probabilities are of the views that they were made with; "
                          "leave it out, or name checkpoints")
-    if config.precision == "auto" and made_in == "float32":
-        runtime = dataclasses.replace(runtime, precision="float32")
-    return members, runtime
+    return members, runtime_of(members, config)
+
+
+def runtime_of(members: list[Member] | list[Trained], config: Config) -> Runtime:
+    """A runtime of the precision that the first of these networks was made in: float32, or what the device has."""
+    made_in = next((member.config.precision for member in members if member.config), "")
+    return start_runtime(dataclasses.replace(config, precision="float32") if config.precision == "auto"
+                         and made_in == "float32" else config)
 
 
 def write_run_record(path: Path, config: Config, runtime: Runtime, metrics: dict, started: float, data: str) -> None:
@@ -4331,6 +4342,8 @@ def describe_result(config: Config, metrics: dict, history: pd.DataFrame, starte
 def exit_status(action: Callable[[StopSignals], None], stopped: str) -> int:
     """Do a program's work; gives 0, or after one line on stderr 1 for bad data, 2 for bad usage, 128 and a signal."""
     name = f"rank {own_rank()}: error" if own_rank() else "error"
+    with contextlib.suppress(AttributeError):  # a notebook's output is no terminal
+        sys.stdout.reconfigure(errors="backslashreplace")  # names may hold what the terminal's encoding does not
     try:
         with StopSignals() as stops:
             action(stops)
@@ -4373,7 +4386,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(AttributeError):  # a notebook's output is no terminal
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may hold what the terminal's encoding does not
     if status := main(None if "__file__" in globals() else []):  # the arguments of a notebook's cell are its kernel's
         sys.exit(status)

@@ -27,7 +27,7 @@ def with_validation_rows(documentation: str) -> tuple[script.Trained, script.Mat
     given = of_checkpoints(documentation)
     trained = script.load_checkpoint(given.checkpoint)
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
-    runtime = script.start_runtime(config)
+    runtime = script.runtime_of([trained], config)
     question, targets = script.validation_question([trained], config, runtime)
     return trained, question.dataset(trained.statistics), targets, runtime
 

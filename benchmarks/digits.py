@@ -13,6 +13,7 @@ is only judged: so that seeds can be trained side by side, and other recipes be 
 import argparse
 import contextlib
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -30,12 +31,23 @@ FIGURES = re.compile(r"loss ([0-9.]+), accuracy ([0-9.]+)%")
 
 
 def hold_out(data: Path, folder: Path, count: int, seed: int) -> tuple[Path, Path]:
-    """Write the labelled rows as two tables: to train on, and `count` to judge by."""
+    """Write the labelled rows as two tables: to train on, and `count` to judge by.
+
+    What is there already stays, since another process may be training on it, and is refused if it is of another split.
+    """
     table = pd.read_csv(data / "train.csv", dtype=str, na_filter=False)
-    train, held = train_test_split(table, test_size=count, random_state=seed, stratify=table.label)
+    if not table.label.nunique() <= count < len(table):
+        sys.exit(f"{data / 'train.csv'}: of {len(table):,} rows {count:,} cannot be held out; name another --held-out")
+    parts = train_test_split(table, test_size=count, random_state=seed, stratify=table.label)
     paths = folder / "train.csv", folder / "held_out.csv"
-    for path, part in zip(paths, (train, held)):
-        part.sort_index().to_csv(path, index=False)
+    for path, part in zip(paths, parts):
+        text = part.sort_index().to_csv(index=False)
+        if path.exists() and path.read_bytes() != text.encode():
+            sys.exit(f"{path}: holds other rows; name another --folder")
+        if not path.exists():
+            whole = path.with_name(f"{os.getpid()}.{path.name}")
+            whole.write_bytes(text.encode())
+            os.replace(whole, path)
     return paths
 
 
@@ -58,7 +70,8 @@ def train_once(words: list[object], output: Path, flags: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--cache-dir", default="")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -67,7 +80,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="of tables and networks, which then stay")
     given, flags = parser.parse_known_args()
     with contextlib.nullcontext(given.folder) if given.folder else tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder = Path(name).resolve()  # tables are looked for below --data-dir
         folder.mkdir(parents=True, exist_ok=True)
         train, held = hold_out(given.data_dir, folder, given.held_out, given.held_out_seed)
         where = ["--data-dir", given.data_dir, "--cache-dir", given.cache_dir or folder / "cache", "--no-pictures"]

@@ -6,6 +6,8 @@ The networks share `split_seed`, so that none was trained on the rows that it is
 `script.py predict a.pth b.pth c.pth` submits; with `--alone` the networks' neighbours do not vote.
 """
 
+import sys
+
 import numpy as np
 
 import script
@@ -16,7 +18,7 @@ def main() -> None:
     given = arguments.of_checkpoints(__doc__, several=True)
     members = script.look_at_members(given.checkpoints)
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
-    runtime = script.start_runtime(config)
+    runtime = script.runtime_of(members, config)
     question, targets = script.validation_question(members, config, runtime)
     kinds = "accuracy", "top3_accuracy", "class_accuracy", "loss"
     print(f"{len(targets):,} validation rows\n| network | seed | accuracy | top 3 | per class | loss |"
@@ -39,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script.exit_status(lambda _: main(), "the table is not whole"))

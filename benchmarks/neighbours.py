@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import io
 import itertools
+import sys
 import time
 
 import script
@@ -26,6 +27,8 @@ def main() -> None:
     runtime = script.start_runtime(config)
     with contextlib.redirect_stdout(io.StringIO()):
         _, data, *_ = script.prepare_data(config, runtime)
+    if not len(data.val_rows):
+        raise script.DataError(f"{given.checkpoint}: was trained on every row: none is left to validate on")
 
     arguments.show(f"{'network alone':<31}", script.validate(runtime.place(trained.model), data, config, runtime))
     started = time.perf_counter()
@@ -38,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script.exit_status(lambda _: main(), "the table is not whole"))

@@ -16,6 +16,7 @@ import dataclasses
 import io
 import math
 import shlex
+import sys
 import tempfile
 import time
 import types
@@ -31,6 +32,9 @@ import script
 def prepare(flags: list[str]) -> tuple[script.Config, script.TrainingData, script.Runtime]:
     """The complete config of some flags, and its data; quietly."""
     config = script.parse_command_line(flags)[2]
+    if config.schedule == "plateau" or config.early_stopping:
+        raise script.UsageError(f"{shlex.join(flags)}: its epochs are not validated, which --schedule plateau and "
+                                "--early-stopping need")
     runtime = script.start_runtime(config)
     with contextlib.redirect_stdout(io.StringIO()):
         config, data, *_ = script.prepare_data(config, runtime)
@@ -87,6 +91,8 @@ def main() -> None:
     common += ["--cache-dir", given.cache_dir] if given.cache_dir else []
     common += ["--num-epochs", str(given.num_epochs)] if given.num_epochs else []
     results = []
+    for candidate in given.candidates:  # what is wrong with the last one is said before the first is trained
+        prepare([*common, *shlex.split(candidate)])
     for seed in given.seeds:
         for candidate in given.candidates:
             flags = [*common, "--seed", str(seed), *shlex.split(candidate)]
@@ -99,4 +105,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script.exit_status(lambda _: main(), "the table is not whole"))

@@ -7,6 +7,7 @@ Prints loss and accuracies on the checkpoint's own validation rows for several s
 """
 
 import dataclasses
+import sys
 
 import script
 from benchmarks import arguments
@@ -23,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script.exit_status(lambda _: main(), "the table is not whole"))

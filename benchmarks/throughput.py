@@ -16,6 +16,7 @@ import contextlib
 import io
 import itertools
 import os
+import sys
 import time
 
 import numpy as np
@@ -177,4 +178,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script.exit_status(lambda _: main(), "the table is not whole"))

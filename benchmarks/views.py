@@ -8,6 +8,7 @@ checkpoint's own validation rows after each view, as `predict --views N` and `ev
 
 import dataclasses
 import itertools
+import sys
 
 import numpy as np
 
@@ -26,4 +27,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(script.exit_status(lambda _: main(), "the table is not whole"))

@@ -11,7 +11,7 @@ import pytest
 from conftest import QUICK, REPOSITORY
 
 import script
-from benchmarks import recipes, time_to_accuracy
+from benchmarks import digits, recipes, time_to_accuracy
 
 
 def test_an_epochs_line_is_read():
@@ -137,3 +137,28 @@ esac
                 "| cnn, seed 0 | 80 %: 7 s from the start |"):
         assert row in table
     assert "no such checkpoint" in done.stdout
+
+
+def test_a_candidate_that_needs_validation_is_refused_before_any_training(trained, monkeypatch):
+    folders = ["--data-dir", str(trained[0]), "--cache-dir", str(trained[1])]
+    monkeypatch.setattr(sys, "argv", ["recipes", *folders, "--", "", "--schedule plateau"])
+    monkeypatch.setattr(recipes, "train_once", lambda *_: pytest.fail("trains"))
+    with pytest.raises(script.UsageError, match="--schedule plateau and --early-stopping need"):
+        recipes.main()
+
+
+def test_held_out_digits_are_written_once_and_not_over_others(tmp_path):
+    table = pd.DataFrame({"label": list("01") * 30, "pixel0": 1})
+    table.to_csv(tmp_path / "train.csv", index=False)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    paths = digits.hold_out(tmp_path, folder, 10, 0)
+    times = [path.stat().st_mtime_ns for path in paths]
+    assert digits.hold_out(tmp_path, folder, 10, 0) == paths and times == [path.stat().st_mtime_ns for path in paths]
+    with pytest.raises(SystemExit, match=r"train.csv: holds other rows; name another --folder"):
+        digits.hold_out(tmp_path, folder, 10, 1)
+    with pytest.raises(SystemExit, match="holds other rows"):
+        digits.hold_out(tmp_path, tmp_path, 10, 0)  # the data's own folder
+    assert len(pd.read_csv(tmp_path / "train.csv")) == 60
+    with pytest.raises(SystemExit, match="of 60 rows 60 cannot be held out"):
+        digits.hold_out(tmp_path, folder, 60, 0)

@@ -149,3 +149,26 @@ def test_equal_images_ignore_those_that_cannot_be_used(checked, competition):
     *_, same = checked()
     assert not {"8", "13"} & set(same[same.table == "train"].row)
     assert np.all(same.groupby("group").size() > 1)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_column_of_two_values_is_asked_for_what_most_rows_of_its_value_are(seed):
+    """The nearest three of hundreds of equal values are any three: they may all be of the rarer label."""
+    rng = np.random.default_rng(seed)
+    labels = pd.Series(rng.integers(0, 2, 2000)).astype(str)
+    column = labels.astype(int).where(rng.random(2000) < 0.75, 1 - labels.astype(int))
+    line, = check.describe_clues(pd.DataFrame({"the column scanner": column}), labels)
+    share = float(re.search(r"right for ([\d.]+)%", line)[1])
+    assert line.startswith("warning: the column scanner gives the label away") and 72 < share < 78
+
+
+def test_a_blank_line_and_spaces_in_a_pixel_tables_header_hide_no_column(tmp_path, capsys):
+    data = make_pixel_competition(tmp_path / "pixels", 200)
+    table = pd.read_csv(data / "train.csv", dtype=str).sample(frac=1, random_state=0)
+    table.insert(1, "secret", table.label)
+    lines = table.to_csv(index=False).splitlines()
+    lines = [lines[0].replace(",", ", "), *lines[1:4], "", *lines[4:]]
+    (data / "train.csv").write_text("\n".join(lines) + "\n")
+    assert check.main(["--data-dir", str(data), "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "the column secret gives the label away: alone it is right for 100.0%" in out and "column pixel" not in out

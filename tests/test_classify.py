@@ -1,6 +1,7 @@
 """Single pictures through a trained network: any size, any polarity, and what cannot be read."""
 
 import re
+import tracemalloc
 
 import numpy as np
 import pandas as pd
@@ -67,3 +68,13 @@ def test_what_cannot_be_read_is_named_and_the_rest_answered(trained, tmp_path, c
                                   f"error: {tmp_path}/none.png: no such file or directory"]
     assert classify.main([str(tmp_path / "good.png"), "--checkpoint", str(tmp_path / "no.pth")]) == 1
     assert "no such checkpoint" in capsys.readouterr().err
+
+
+def test_a_drawing_on_a_long_strip_is_cut_out_without_a_square_of_its_length(tmp_path):
+    grey = np.full((40, 60_000), 255, dtype=np.uint8)
+    grey[10:30, 30_000:30_020] = 0
+    Image.fromarray(grey).save(tmp_path / "strip.png")
+    tracemalloc.start()
+    ink = script.read_picture(tmp_path / "strip.png", 16, crop=True)
+    assert tracemalloc.get_traced_memory()[1] < 100e6 and (ink == 255).all()
+    tracemalloc.stop()

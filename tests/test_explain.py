@@ -1,5 +1,7 @@
 """Saliency: the places that speak for a class are where it is drawn."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -60,3 +62,14 @@ def test_what_cannot_be_explained_is_one_line(tmp_path, capsys):
     assert explain.main([str(tmp_path / "none.png"), *common]) == 1
     errors = capsys.readouterr().err.splitlines()
     assert "no convolution" in errors[0] and "none.png: no such file" in errors[1] and len(errors) == 2
+
+
+@pytest.mark.parametrize("name", ["a$_$b.png", "x$^2$.png", os.fsdecode(b"caf\xe9.png")])
+def test_any_files_name_can_be_a_title(tmp_path, name):
+    config = Config(model="tiny", image_size=16, dropout=0.0)
+    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
+        script.build_model(config, 5), config, list("abcde"), script.ImageStatistics(255, 16), {"epoch": 1}))
+    with open(tmp_path / name, "wb") as file:
+        draw_shape(0, np.random.default_rng(0)).save(file, "png")
+    assert explain.main([str(tmp_path / name), "--checkpoint", str(tmp_path / "model.pth"), "--output-dir",
+                         str(tmp_path)]) == 0

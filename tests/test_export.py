@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import QUICK, Command, make_competition
 from PIL import Image
 
@@ -94,3 +95,14 @@ def test_a_network_that_answers_otherwise_is_refused(monkeypatch):
                                            script.ImageStatistics(255, 16), {}), vote=False).eval()
     with pytest.raises(script.DataError, match=r"exported network differ from PyTorch's by .*: nothing was written"):
         export.compare(model, b"", 16)
+
+
+def test_figures_of_the_vote_are_not_the_networks():
+    config = script.Config(model="tiny", image_size=16, dropout=0.0, neighbours=2)
+    network = script.build_model(config, 2)
+    vote = script.NeighbourVote(network, config, torch.zeros(12, 64), torch.zeros(3, 64), torch.zeros(3).long())
+    metrics = {"epoch": 3, "val_accuracy": 0.9, "val_loss": 0.1}
+    voting, alone = (script.Trained(model, config, ["a", "b"], script.ImageStatistics(255, 16), metrics)
+                     for model in (vote, network))
+    assert export.own_metrics(voting, vote=False) == {"epoch": 3}
+    assert export.own_metrics(voting, vote=True) == export.own_metrics(alone, vote=False) == metrics

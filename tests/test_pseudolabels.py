@@ -95,3 +95,18 @@ def test_from_probabilities_to_a_training_with_them(tmp_path, capsys):
                "--output", output)[0] == 0
     assert script.main(command.arguments(*words, "--extra-csv", str(output))) == 0
     assert "30 extra rows of " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.csv", "saved.npz"])
+def test_what_is_read_is_not_overwritten(competition, capsys, name):
+    write_saved(competition, competition / "saved.npz", {2: 1})
+    before = (competition / name).read_bytes()
+    status, _, error = ask(capsys, competition / "saved.npz", "--data-dir", competition, "--output", competition / name)
+    assert status == 2 and f"{name}: is read, and would be overwritten" in error and error.count("\n") == 1
+    assert (competition / name).read_bytes() == before
+
+
+def test_a_folder_that_is_not_there_is_named(competition, tmp_path, capsys):
+    write_saved(competition, tmp_path / "saved.npz", {2: 1})
+    status, _, error = ask(capsys, tmp_path / "saved.npz", "--data-dir", competition, "--output", tmp_path / "no" / "x")
+    assert status == 1 and "non-existent directory" in error and "None" not in error and error.count("\n") == 1

@@ -100,3 +100,33 @@ def test_without_a_grid_rates_are_crossed_with_batch_sizes():
     assert len(grid["learning_rate"]) * len(grid["batch_size"]) == 25
     assert sweep.parse_grid(["--batch-size", "64"]) == (["--batch-size", "64"],
                                                         {"learning_rate": sweep.DEFAULT_GRID["learning_rate"]})
+
+
+def test_a_network_that_cannot_take_its_size_is_a_row(arguments, tmp_path):
+    flags = ["--num-epochs", "1", "--image-size", "16,32", "--learning-rate", "0.01"]
+    arguments = [flag for flag in arguments if flag not in ("8", "--image-size")]
+    arguments[arguments.index("mlp")] = "torchvision:vgg11"
+    assert sweep.main([*arguments, *flags]) == 0
+    rows = pd.read_csv(tmp_path / "out" / "sweep.csv")
+    assert "cannot take images of 16 pixels" in rows.fault[0] and rows.epochs.tolist() == [0, 1]
+
+
+def test_epochs_of_a_cell_cut_off_between_two_files_count_once(arguments, tmp_path):
+    assert sweep.main([*arguments, "--learning-rate", "0.01,0.02"]) == 0
+    path = tmp_path / "out" / "sweep.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    assert sweep.main([*arguments, "--learning-rate", "0.01,0.02"]) == 0
+    history = pd.read_csv(tmp_path / "out" / "history.csv")
+    assert history[["learning_rate", "epoch"]].to_numpy().tolist() == [[0.01, 1], [0.01, 2], [0.02, 1], [0.02, 2]]
+
+
+def test_a_comma_in_a_folders_name_sweeps_over_nothing():
+    fixed, grid = sweep.parse_grid(["--data-dir", "a,b", "--learning-rate", "0.1,0.2"])
+    assert fixed == ["--data-dir", "a,b"] and grid == {"learning_rate": [0.1, 0.2]}
+
+
+def test_classes_too_small_to_be_validated_are_refused(tmp_path, capsys):
+    data = make_competition(tmp_path / "few", 10)
+    assert sweep.main(["--data-dir", str(data), "--cache-dir", str(tmp_path), "--sweep-dir", str(tmp_path / "out"),
+                       *COMMON, "--learning-rate", "0.1,0.2"]) == 1
+    assert "no class has rows enough to be validated on" in capsys.readouterr().err

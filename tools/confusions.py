@@ -125,12 +125,12 @@ def plot_groups(path: Path, found: list[tuple[np.ndarray, int]], counts: np.ndar
 def report(given: argparse.Namespace) -> None:
     """Print the groups and figures, write the table and the picture."""
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir, output_dir=given.output_dir)
-    folder, runtime = script.output_folder(config), script.start_runtime(config)
-    members = script.look_at_members(given.checkpoints)
+    folder, members = script.output_folder(config), script.look_at_members(given.checkpoints)
+    runtime = script.runtime_of(members, config)
     question, targets = script.validation_question(members, config, runtime)
     probabilities = script.ensemble_of_files(members, question)
     classes, predicted = members[0].classes, probabilities.argmax(axis=1)
-    symbols = script.read_symbols(config)
+    symbols = script.read_symbols(script.settings_of_labelled_table(members[0].config, config))
     counts = confusion_counts(targets, predicted, len(classes))
     groups = find_groups(counts, given.threshold)
     found = list_groups(counts, groups)

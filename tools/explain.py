@@ -77,8 +77,9 @@ def answer(given: argparse.Namespace) -> None:
     names = script.symbol_texts(trained.classes, symbols)
     inks = np.stack([script.read_picture(path, trained.statistics.size, given.crop) for path in given.pictures])
     probabilities, classes, maps = explain(trained, inks, given.top)
-    titles = [[path.name, *(f"{names[number]}   {share:.1%}" for number, share in zip(numbers, shares))]
-              for path, numbers, shares in zip(given.pictures, classes.tolist(), probabilities.tolist())]
+    files = [path.name.encode(errors="replace").decode().replace("$", r"\$") for path in given.pictures]
+    titles = [[file, *(f"{names[number]}   {share:.1%}" for number, share in zip(numbers, shares))]
+              for file, numbers, shares in zip(files, classes.tolist(), probabilities.tolist())]
     given.output_dir.mkdir(parents=True, exist_ok=True)
     plot_explanations(given.output_dir / "explained.png", inks, titles, maps)
     print(f"wrote {given.output_dir.resolve() / 'explained.png'}: {len(inks)} pictures")

@@ -164,6 +164,12 @@ def write_int8(trained: script.Trained, content: bytes, given: argparse.Namespac
     return "\n".join(lines)
 
 
+def own_metrics(trained: script.Trained, vote: bool) -> dict:
+    """The checkpoint's figures; without those of validation where they are the vote's and the network goes alone."""
+    alone = isinstance(trained.model, script.NeighbourVote) and not vote
+    return {name: value for name, value in trained.metrics.items() if not (alone and name.startswith("val_"))}
+
+
 def export(given: argparse.Namespace) -> None:
     """Write the files."""
     if given.int8 and given.vote:
@@ -182,7 +188,7 @@ def export(given: argparse.Namespace) -> None:
                  f"grey levels 0 to 255; transparent pixels are paper, which is {trained.statistics.paper} here",
                  "ink = |grey - paper| / 255, so that paper is 0 and full ink 1",
                  f"scaled so that the longer side is {size}, bilinear, and centred on a square of paper"],
-             "image_statistics": dataclasses.asdict(trained.statistics), "metrics": trained.metrics}
+             "image_statistics": dataclasses.asdict(trained.statistics), "metrics": own_metrics(trained, given.vote)}
     with script.whole_file(given.output_dir / "model.json") as temporary:
         temporary.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote model.onnx ({len(content) / 1e6:.1f} MB) and model.json in {given.output_dir.resolve()}; {compared}")

@@ -43,6 +43,8 @@ def write_labels(given: argparse.Namespace) -> None:
     """Write the table of the sure rows."""
     config = script.Config(data_dir=given.data_dir, train_csv=given.train_csv, test_csv=given.test_csv,
                            cache_dir=given.cache_dir, root_dir=given.root_dir)
+    script.check_not_read(given.output.parent, [given.output.name],
+                          [*script.input_files(config), given.probabilities])
     saved, table = script.read_probabilities(given.probabilities), script.read_test_table(config)
     probabilities = saved["probabilities"][script.match_ids(given.probabilities, saved["ids"], table)]
     rows = np.setdiff1d(np.flatnonzero(probabilities.max(axis=1) >= given.least), table.bad)

@@ -135,8 +135,8 @@ def report(given: argparse.Namespace) -> None:
     if given.rows < 1:
         raise script.UsageError(f"--rows must be 1 or more, not {given.rows}")
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir, output_dir=given.output_dir)
-    folder, runtime = script.output_folder(config), script.start_runtime(config)
-    members = [script.load_checkpoint(path) for path in given.checkpoints]
+    folder, members = script.output_folder(config), [script.load_checkpoint(path) for path in given.checkpoints]
+    runtime = script.runtime_of(members, config)
     question, targets = script.validation_question(members, config, runtime)
     rows = np.random.default_rng(0).permutation(len(targets))[: given.rows]
     question.rows = question.rows[rows]

@@ -39,6 +39,8 @@ DEFAULT_GRID = {"learning_rate": [0.001, 0.01, 0.1, 0.5, 1.0], "batch_size": [32
 # What the data was read or split by holds for all cells, since it is read once.
 FIXED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "train_val_split", "split_seed", "folds",
          "fold", "group_column", "on_bad_image", "device", "precision", "extra_csv", "extra_root", "extra_weight"}
+TEXTS = {"milestones", "teachers", "data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "extra_csv",
+         "extra_root", "group_column", "weights"}
 # What `run` does around the training has no part in a sweep.
 IDLE = {"output_dir", "model_file", "submission_file", "pictures", "tensorboard", "max_minutes", "neighbours",
         "neighbour_share", "save_probabilities", *script.PREDICT_ONLY}
@@ -57,7 +59,7 @@ def parse_grid(argv: list[str]) -> tuple[list[str], dict[str, list]]:
         name = flag.removeprefix("--").replace("-", "_")
         if name in IDLE or (name.startswith("no_") and name[3:] in IDLE):
             raise script.UsageError(f"{flag} has no part in a sweep: leave it out")
-        if "," not in text or name in ("milestones", "teachers"):  # of which commas are a part
+        if "," not in text or name in TEXTS:  # of which commas are a part
             fixed += [flag, text] if text else [flag]
         elif name in FIXED or name not in kinds or kinds[name] is bool:
             raise script.UsageError(f"{flag} cannot be swept over: name one value, which holds for every cell")
@@ -86,15 +88,18 @@ def train_cell(config: script.Config, data: script.TrainingData, runtime: script
         return script.fit(dataclasses.replace(config, output_dir=folder), data, runtime)
 
 
-def finished_cells(folder: Path, same: str) -> tuple[list[dict], list[dict]]:
-    """The rows and histories of an earlier, interrupted sweep; empty where there is none. Refuses another sweep's."""
+def finished_cells(folder: Path, same: str, names: list[str]) -> tuple[list[dict], list[dict]]:
+    """The rows and histories of an earlier, interrupted sweep over these settings; empty where there is none.
+
+    Refuses another sweep's.
+    """
     if not (folder / "sweep.csv").exists():
         return [], []
     if not (folder / "sweep.json").exists() or (folder / "sweep.json").read_text() != same:
         raise script.UsageError(f"{folder}: holds a sweep of other settings or data; name another --sweep-dir, or "
                                 "remove it")
-    return tuple(pd.read_csv(folder / name, keep_default_na=True).to_dict("records")
-                 for name in ("sweep.csv", "history.csv"))
+    rows, histories = (pd.read_csv(folder / name, keep_default_na=True) for name in ("sweep.csv", "history.csv"))
+    return rows.to_dict("records"), histories.merge(rows[names], on=names).to_dict("records")  # of a cell cut off: none
 
 
 def write_table(path: Path, rows: list[dict], columns: list[str]) -> None:
@@ -110,8 +115,11 @@ def sweep(given: script.Config, grid: dict[str, list], folder: Path) -> pd.DataF
     cells = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     sizes = [script.complete_config(dataclasses.replace(given, **cell), runtime, 1).image_size for cell in cells]
     config, data, *_ = script.prepare_data(dataclasses.replace(given, image_size=max(sizes)), runtime)
+    if not len(data.val_rows):
+        raise script.DataError(f"{given.train_csv}: no class has rows enough to be validated on, and a sweep ranks by "
+                               "these")
     same = identity(config, grid, data, runtime)
-    rows, histories = finished_cells(folder, same)
+    rows, histories = finished_cells(folder, same, list(grid))
     with script.whole_file(folder / "sweep.json") as temporary:
         temporary.write_text(same)
     for number, cell in enumerate(cells, start=1):
@@ -120,6 +128,7 @@ def sweep(given: script.Config, grid: dict[str, list], folder: Path) -> pd.DataF
         started, fault, history = time.monotonic(), "", pd.DataFrame()
         try:
             full = script.complete_config(dataclasses.replace(given, **cell), runtime, len(data.train_rows))
+            script.summarize_model(script.build_model(full, len(data.classes)), full)  # it refuses an unfit size
             history = train_cell(full, data, runtime)
         except (script.DataError, torch.OutOfMemoryError) as error:  # it diverges, or its settings do not go together
             fault = script.first_line(error)
