@@ -140,7 +140,7 @@ class Config:
     plateau_patience: int = 2           # plateau: epochs without a better validation accuracy that are let pass first
     label_smoothing: float = 0.1        # share of the target that is spread over all classes
     mixup: bool = False                 # blend pairs of images and their labels (arXiv:1710.09412)
-    cutmix: bool = False                # paste a part of one image into another (arXiv:1905.04899); with mixup: in turn
+    cutmix: bool = False                # paste a part of one image into another (arXiv:1905.04899); with mixup: either
     mixup_alpha: float = 0.4            # mixup, cutmix: both parameters of the Beta distribution of the shares
     teachers: str = ""                  # checkpoints, with commas between, whose probabilities are learnt too
     teacher_share: float = 0.7          # teachers: their share of the target; the label has the rest
@@ -172,7 +172,7 @@ class Config:
     contrast: float = 0.0               # bend of the grey levels between paper and full ink
     erasing: float = 0.0                # probability that a rectangle is erased
     erasing_size: float = 0.33          # longest side of that rectangle, as a share of the image's
-    soften: float = 0.1                 # validation, prediction: share of ink that each neighbour gets, as by a warp
+    soften: float = 0.1                 # unwarped images of their own size: ink that each neighbour gets, as by a warp
 
     # Prediction
     member_weights: str = ""            # predict, evaluate: each file's share, with commas between; validation: found
@@ -1712,12 +1712,13 @@ def to_input(images: Tensor, config: Config) -> Tensor:
     return ink
 
 
-@functools.lru_cache(maxsize=4)
-@torch.inference_mode(False)  # who asks next may want gradients through it
 def soft_kernel(share: float, device: torch.device) -> Tensor:
-    """The kernel [1, 1, 3, 3] by which each neighbour in a row or a column gets this share of a pixel's ink."""
-    line = np.array([share, 1 - 2 * share, share], dtype=np.float32)
-    return send(np.outer(line, line), device)[None, None]
+    """The kernel [1, 1, 3, 3] by which each neighbour in a row or a column gets this share of a pixel's ink.
+
+    Made on the device: a copy would be waited for.
+    """
+    line = F.pad(torch.full((1,), 1 - 2 * share, device=device), (1, 1), value=share)
+    return torch.outer(line, line)[None, None]
 
 
 ELASTIC_GRID = 5  # control points along a side of the elastic warp
@@ -2462,7 +2463,10 @@ class RunKeeper:
     def stop(self, learner: "Learner", progress: Progress, pace: "Pace", number: int) -> Stopped:
         """Save, for a signal of this number; gives what is to be raised."""
         self.save(learner, progress, pace)
-        command = "the same command" + " without --no-resume" * (not self.config.resume)
+        command = "the same command"
+        if not self.config.resume:
+            alone = f" with --fold {self.config.fold}," if self.config.folds else ""
+            command = f"the same command{alone} without --no-resume"
         return Stopped(number, f"saved in {self.files[0]}; {command} goes on from there" if self.path else "")
 
     def write(self, now: dict) -> None:

@@ -35,6 +35,8 @@ def prepare(flags: list[str]) -> tuple[script.Config, script.TrainingData, scrip
     if config.schedule == "plateau" or config.early_stopping:
         raise script.UsageError(f"{shlex.join(flags)}: its epochs are not validated, which --schedule plateau and "
                                 "--early-stopping need")
+    if config.train_val_split == 1:
+        raise script.UsageError(f"{shlex.join(flags)}: no row is left to be compared on")
     runtime = script.start_runtime(config)
     with contextlib.redirect_stdout(io.StringIO()):
         config, data, *_ = script.prepare_data(config, runtime)
@@ -53,7 +55,7 @@ def train_once(flags: list[str], rows: int, seconds: float) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         history = script.fit(dataclasses.replace(config, output_dir=folder), blind, runtime, seconds)
         seconds = time.monotonic() - started
-        trained = script.load_checkpoint(Path(folder, "best_model.pth"))
+        trained = script.load_checkpoint(Path(folder, config.model_file))
     figures = script.validate(runtime.place(trained.model), data, config, runtime)
     return {**history.iloc[-1], **figures, "seconds": seconds}
 

@@ -13,8 +13,8 @@ def freeze_batch_norm() -> None:
     """Let batch norm keep its statistics: what it learns from a rank's part is not what it learns from all."""
     start = script.start_model
 
-    def start_model(*arguments) -> nn.Module:
-        model = start(*arguments)
+    def start_model(*arguments, **options) -> nn.Module:
+        model = start(*arguments, **options)
         for layer in model.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.eval()

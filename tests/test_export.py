@@ -106,3 +106,12 @@ def test_figures_of_the_vote_are_not_the_networks():
                      for model in (vote, network))
     assert export.own_metrics(voting, vote=False) == {"epoch": 3}
     assert export.own_metrics(voting, vote=True) == export.own_metrics(alone, vote=False) == metrics
+
+
+def test_a_network_that_sees_softened_images_is_exported_before_it_answers_anything():
+    """What the first use of it keeps for later must not be the tracer's."""
+    config = script.Config(model="tiny", image_size=16, dropout=0.0, soften=0.0625)
+    trained = script.Trained(script.build_model(config, 3), config, list("abc"), script.ImageStatistics(255, 16), {})
+    model = export.Exported(trained, False).eval()
+    content = export.to_onnx(model, 16)
+    assert "differ from PyTorch's by" in export.compare(model, content, 16)
