@@ -4192,7 +4192,8 @@ def write_folds(config: Config, every: dict[int, Config], found: dict[int, dict]
     write_answers(config, task.test_table, probabilities, data.classes, len(members))
     judged = judge_folds(found, data)
     folds, seconds = data.parts[judged.rows], sum(record["seconds"] for record in found.values())
-    metrics, whole = score_folds(judged, folds), dataclasses.replace(data, train_rows=judged.rows, val_rows=judged.rows)
+    metrics = score_folds(judged, folds)
+    whole = dataclasses.replace(data, train_rows=judged.rows, val_rows=judged.rows, taught=None)
     write_probabilities(folder / "oof_probabilities.npz", judged, data.classes, folds=folds)
     write_run_record(folder / "run.json", config, runtime, metrics, time.monotonic() - seconds,
                      identify_run(config, whole, runtime)["data"])

@@ -326,6 +326,9 @@ def test_teachers_are_those_of_the_same_fold(folded, tmp_path, capsys):
     assert "cross-validated accuracy" in capsys.readouterr().out
     assert folded(tmp_path, *GROUPED, "--teachers", each) == 0
     assert capsys.readouterr().out.count("is finished") == 3
+    shutil.rmtree(tmp_path / "fold2")  # the last one alone joins them too
+    assert folded(tmp_path, *GROUPED, "--teachers", each, "--fold", "2") == 0
+    assert "cross-validated accuracy" in capsys.readouterr().out
 
 
 def test_groups_stay_whole_without_folds_too(folded, tmp_path):
