@@ -74,11 +74,6 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
 # ==== 1. Config: every number that a user tunes; a field is also a flag (`--num-epochs 5`), its comment the help ======
 
 Schedule = Literal["cosine", "onecycle", "cyclic", "step", "multistep", "plateau", "constant"]
@@ -514,6 +509,23 @@ class StopSignals:
             self.held = before
 
 
+@contextlib.contextmanager
+def no_signals():
+    """Let the signals that ask a program to end wait inside a with statement: what they raise while it forks is lost.
+
+    For Python drops what is raised in its libraries' hooks for forks. What is forked inside is born without them too.
+    """
+    numbers = {getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1")} - {None}
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, which does not fork
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def first_line(error: Exception) -> str:
     """What an exception says, in one line; its kind where it says nothing."""
     return str(error).strip().split("\n")[0][:200] or type(error).__name__
@@ -865,6 +877,31 @@ def output_folder(config: Config) -> Path:
     except OSError as error:
         raise DataError(f"{folder}: cannot be written to ({error.strerror}); name another --output-dir") from None
     return folder
+
+
+@contextlib.contextmanager
+def folder_to_itself(folder: Path):
+    """Keep other runs of this machine out of an output folder inside a with statement; nothing on Windows.
+
+    Raises DataError where one is in it. The system lets go of the folder when the process ends, however it ends.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another run is writing there; wait for it, or name another --output-dir"
+                            ) from None
+        except OSError:  # some network drives know no locks
+            pass
+        yield
+    finally:
+        os.close(number)
 
 
 # ==== 3. Tables and labels ============================================================================================
@@ -1528,23 +1565,6 @@ def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -
     finally:
         pool.shutdown(cancel_futures=True)  # if it was interrupted, nobody waits for the rest
     return images, faults
-
-
-@contextlib.contextmanager
-def no_signals():
-    """Let the signals that ask a program to end wait inside a with statement: what they raise while it forks is lost.
-
-    For Python drops what is raised in its libraries' hooks for forks. What is forked inside is born without them too.
-    """
-    numbers = {getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGUSR1")} - {None}
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, which does not fork
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def follow_parent() -> None:
@@ -2710,7 +2730,7 @@ class SharedDropout(nn.Module):
         if not self.training:
             return x
         channels = isinstance(self.layer, nn.Dropout2d)  # which it draws for
-        whole = x.new_ones(self.part.total, *x.shape[1:2 if channels else None], *(1, 1) * channels)
+        whole = x.new_ones(self.part.total, *((x.shape[1], 1, 1) if channels else x.shape[1:]))
         if not channels and x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last):
             # Numbers are drawn in this order.
             whole = whole.contiguous(memory_format=torch.channels_last)
@@ -2762,11 +2782,11 @@ class Learner:
 
     def __init__(self, config: Config, model: nn.Module, num_classes: int, runtime: Runtime, least: int | None = None):
         self.config, self.num_classes, self.runtime, self.step = config, num_classes, runtime, 0
-        self.model, self.updates, self.dropouts = model, 0, []
+        self.model, self.updates, self.dropouts, self.least = model, 0, [], least or config.batch_size
         if runtime.ranks.joined:
             self.dropouts = share_dropout(self.model)
             # It trains on GPUs alone, and waits for them three times a layer: for parts that are too small without.
-            if runtime.device.type == "cuda" and self.is_too_small(least, runtime.ranks.count):
+            if runtime.device.type == "cuda" and self.is_too_small(runtime.ranks.count):
                 self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
                 warn(f"the ranks wait for each other in every batch norm, since a step has fewer than {SMALLEST_PART} "
                      f"images for each; with --batch-size {SMALLEST_PART * runtime.ranks.count} or more they need not")
@@ -2775,7 +2795,7 @@ class Learner:
         self.momentum = max((layer.momentum for layer in self.model.modules() if getattr(layer, "momentum", None)),
                             default=0.1)
         self.batches = 0  # whose gradients have been added up for the next step of the optimizer
-        self.network = self.spread(InPrecision(self.model, runtime), least)
+        self.network = self.spread(InPrecision(self.model, runtime))
         self.weights = list(self.model.parameters())
         groups = [{"params": [weight for weight in self.weights if (weight.ndim > 1) == decayed],
                    "weight_decay": config.weight_decay * decayed} for decayed in (True, False)]
@@ -2788,11 +2808,11 @@ class Learner:
         self.sound = torch.ones((), device=runtime.device)  # 1 while all is finite, else 0: left on the device
         self.faults = torch.zeros(2, device=runtime.device)  # steps left out: in all, and one after another till now
 
-    def is_too_small(self, least: int | None, parts: int) -> bool:
+    def is_too_small(self, parts: int) -> bool:
         """Whether the smallest step is too small for batch norm to be left to so many parts of it."""
-        return (least or self.config.batch_size) < SMALLEST_PART * parts
+        return self.least < SMALLEST_PART * parts
 
-    def spread(self, network: nn.Module, least: int | None) -> nn.Module:
+    def spread(self, network: nn.Module) -> nn.Module:
         """The network over all ranks, or over this process's GPUs; compiled where that is asked for."""
         if self.runtime.ranks.joined:
             options = inspect.signature(nn.parallel.DistributedDataParallel).parameters
@@ -2800,7 +2820,7 @@ class Learner:
             network = nn.parallel.DistributedDataParallel(
                 network, gradient_as_bucket_view=True, find_unused_parameters=self.config.freeze_epochs > 0,
                 **{own_statistics: False})  # the name changed with torch 2.13; average_ranks sees to them
-        elif self.runtime.gpus > 1 and self.is_too_small(least, self.runtime.gpus):
+        elif self.runtime.gpus > 1 and self.is_too_small(self.runtime.gpus):
             warn(f"one of {self.runtime.gpus} GPUs trains: a step has too few images for more; give "
                  f"--batch-size {SMALLEST_PART * self.runtime.gpus} or more, or start a rank on each with torchrun")
         elif self.runtime.gpus > 1:
@@ -3054,7 +3074,7 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
     `seconds` training ends; the schedule is laid over the time there is. A `keeper` with a path makes it a training
     that can be stopped and goes on.
     """
-    begun, keeper, ranks = time.monotonic(), keeper or RunKeeper(config), runtime.ranks
+    entered, keeper, ranks = time.monotonic(), keeper or RunKeeper(config), runtime.ranks
     steps = steps_in_epoch(data.train_rows, config)
     if len(data.train_rows) // steps < 2 * ranks.count > 2:
         raise UsageError(f"--batch-size {config.batch_size} is less than two images for each of {ranks.count} ranks; "
@@ -3063,14 +3083,12 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
     model = start_model(config, data, runtime, fresh=not keeper.found)
     learner = Learner(config, model, len(data.classes), runtime,
                       min(config.batch_size, len(data.train_rows) // steps))
-    pace = Pace(config.num_epochs * steps, seconds - (time.monotonic() - begun))  # weights may have been downloaded
+    pace = Pace(config.num_epochs * steps, seconds - (time.monotonic() - entered))  # weights may have been downloaded
     with keeper.stops.hold():
         progress = keeper.begin(learner, data, pace)
         while not is_over(config, progress, *ranks.agree(pace.progress(learner.step))):
             try:
-                with memory_remedy(f"with batches of {config.batch_size} images; try --batch-size "
-                                   f"{max(config.batch_size // 2, 2)}, with --accumulate {2 * config.accumulate} for "
-                                   "the same steps"):
+                with memory_remedy(smaller_batches(config)):
                     row = {"epoch": progress.epoch, **train(learner, data, progress, pace, keeper)}
                 if not progress.images and progress.history:  # the time ended with the epoch before
                     break
@@ -3090,6 +3108,12 @@ def fit(config: Config, data: TrainingData, runtime: Runtime, seconds: float = m
         if stop:
             raise keeper.stop(learner, progress, pace, int(stop))
     return pd.DataFrame(progress.history, columns=HISTORY_COLUMNS)
+
+
+def smaller_batches(config: Config) -> str:
+    """The remedy where a step needs more memory than there is."""
+    return (f"with batches of {config.batch_size} images; try --batch-size {max(config.batch_size // 2, 2)}, with "
+            f"--accumulate {2 * config.accumulate} for the same steps")
 
 
 def is_over(config: Config, progress: Progress, done: float) -> bool:
@@ -3261,11 +3285,12 @@ def remember(trained: Trained, data: TrainingData, runtime: Runtime) -> Neighbou
     config = trained.config
     body = runtime.place(nn.Sequential(*list(trained.model.children())[:-1]))
     seen = torch.from_numpy(infer(body, data.dataset, data.train_rows, config, runtime))
-    if not (seen.T @ seen).isfinite().all():
+    spread = seen.T @ seen
+    if not spread.isfinite().all():
         raise DataError("what the network sees in images is too large to be remembered: its training diverged; lower "
                         "--learning-rate, or leave out the vote with --neighbours 0")
-    spread = (seen.T @ seen).double()  # in float32, eigh does not always converge on the features of few images
-    projection = torch.linalg.eigh(spread).eigenvectors[:, -NeighbourVote.COMPONENTS:].float().contiguous()
+    # In float32, eigh does not always converge on the features of few images.
+    projection = torch.linalg.eigh(spread.double()).eigenvectors[:, -NeighbourVote.COMPONENTS:].float().contiguous()
     keys = F.normalize(seen @ projection, dim=1).to(torch.bfloat16)  # fine enough, at half the size
     targets = torch.from_numpy(data.targets[data.train_rows])
     return runtime.place(NeighbourVote(trained.model, config, projection, keys, targets))
@@ -3996,29 +4021,6 @@ def run(config: Config, started: float, stops: StopSignals) -> None:
         run_folds(config, data, task, started)
     else:
         run_one(config, data, task, started)
-
-
-@contextlib.contextmanager
-def folder_to_itself(folder: Path):
-    """Keep other runs of this machine out of an output folder inside a with statement; nothing on Windows.
-
-    Raises DataError where one is in it. The system lets go of the folder when the process ends, however it ends.
-    """
-    if fcntl is None:
-        yield
-        return
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another run is writing there; wait for it, or name another --output-dir"
-                            ) from None
-        except OSError:  # some network drives know no locks
-            pass
-        yield
-    finally:
-        os.close(number)
 
 
 def run_one(config: Config, data: TrainingData, task: Task, started: float, taken: float = 0.0) -> float:

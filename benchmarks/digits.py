@@ -13,7 +13,6 @@ is only judged: so that seeds can be trained side by side, and other recipes be 
 import argparse
 import contextlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -24,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
+
+import script
 
 HELD_OUT = 10_000
 SCRIPT = Path(__file__).resolve().parent.parent / "script.py"
@@ -45,9 +46,8 @@ def hold_out(data: Path, folder: Path, count: int, seed: int) -> tuple[Path, Pat
         if path.exists() and path.read_bytes() != text.encode():
             sys.exit(f"{path}: holds other rows; name another --folder")
         if not path.exists():
-            whole = path.with_name(f"{os.getpid()}.{path.name}")
-            whole.write_bytes(text.encode())
-            os.replace(whole, path)
+            with script.whole_file(path) as temporary:
+                temporary.write_bytes(text.encode())
     return paths
 
 

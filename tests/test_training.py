@@ -9,6 +9,7 @@ import time
 import types
 import typing
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -343,6 +344,17 @@ def stop_after(monkeypatch, stops, steps):
     monkeypatch.setattr(Learner, "learn", learn)
 
 
+def interrupt(config, data, monkeypatch, steps) -> dict:
+    """Stop a training in the so-manyth step, which leaves last.pth; gives what tells this run from another."""
+    about = script.identify_run(config, data, CPU)
+    keeper = script.RunKeeper(config, Path(config.output_dir, "last.pth"), about)
+    with monkeypatch.context() as patches:
+        stop_after(patches, keeper.stops, steps)
+        with pytest.raises(script.Stopped):
+            script.fit(config, data, CPU, keeper=keeper)
+    return about
+
+
 @pytest.mark.parametrize("settings", [
     {}, {"optimizer": "sgd", "learning_rate": 0.05}, {"optimizer": "adam", "schedule": "onecycle"}, {"accumulate": 3},
     {"schedule": "plateau", "plateau_patience": 0}, {"average_decay": 0.0}, {"mixup": True}, {"max_grad_norm": 0.0},
@@ -383,6 +395,10 @@ def poisoned(monkeypatch, steps, poison):
         return real(self, images, *rest, **options)
 
     monkeypatch.setattr(Learner, "learn", learn)
+
+
+def spoil_a_weight(learner):
+    learner.weights[0].data[0] = math.nan
 
 
 def inputs_that_overflow(learner):
@@ -441,9 +457,6 @@ def test_a_weight_that_is_no_number_never_reaches_the_average(tmp_path, monkeypa
 
 
 def test_training_goes_back_and_learns_more_slowly(tmp_path, monkeypatch, capsys):
-    def spoil_a_weight(learner):
-        learner.weights[0].data[0] = math.nan
-
     poisoned(monkeypatch, {10}, spoil_a_weight)
     config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=4)
     history = script.fit(config, small_data(), CPU)
@@ -455,9 +468,6 @@ def test_training_goes_back_and_learns_more_slowly(tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("minutes", [0.0, 10.0])
 def test_when_a_state_was_saved_does_not_matter_to_a_setback(tmp_path, monkeypatch, capsys, minutes):
     """A state from the middle of an epoch may be doomed already: the epoch's beginning is gone back to."""
-    def spoil_a_weight(learner):
-        learner.weights[0].data[0] = math.nan
-
     poisoned(monkeypatch, {10}, spoil_a_weight)  # the second step of the third epoch
     config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=4, checkpoint_minutes=minutes)
     data = small_data()
@@ -468,16 +478,8 @@ def test_when_a_state_was_saved_does_not_matter_to_a_setback(tmp_path, monkeypat
 
 def test_a_state_from_the_middle_of_an_epoch_holds_its_beginning(tmp_path, monkeypatch, capsys):
     """What goes on from there goes back to where the run that was not stopped would have gone back to."""
-    def spoil_a_weight(learner):
-        learner.weights[0].data[0] = math.nan
-
     config, data = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=3), small_data()
-    about = script.identify_run(config, data, CPU)
-    keeper = script.RunKeeper(config, tmp_path / "last.pth", about)
-    with monkeypatch.context() as patches:
-        stop_after(patches, keeper.stops, 6)
-        with pytest.raises(script.Stopped):
-            script.fit(config, data, CPU, keeper=keeper)
+    about = interrupt(config, data, monkeypatch, steps=6)
     assert script.read_content(tmp_path / "last.pth")["progress"]["steps"] == 2
     poisoned(monkeypatch, {1}, spoil_a_weight)
     script.fit(config, data, CPU, keeper=script.RunKeeper(config, tmp_path / "last.pth", about))
@@ -488,12 +490,7 @@ def test_a_state_from_the_middle_of_an_epoch_holds_its_beginning(tmp_path, monke
 def test_a_state_of_another_network_is_one_line(tmp_path, monkeypatch):
     """Its settings are the same, but script.py was changed."""
     config, data = dataclasses.replace(SMALL, output_dir=str(tmp_path), model="tiny"), small_data()
-    about = script.identify_run(config, data, CPU)
-    keeper = script.RunKeeper(config, tmp_path / "last.pth", about)
-    with monkeypatch.context() as patches:
-        stop_after(patches, keeper.stops, 2)
-        with pytest.raises(script.Stopped):
-            script.fit(config, data, CPU, keeper=keeper)
+    about = interrupt(config, data, monkeypatch, steps=2)
     monkeypatch.setitem(script.MODELS, "tiny", script.DigitCNN)
     with pytest.raises(DataError, match=r"last.pth: does not fit the network .*; give it back .* --no-resume$"):
         script.fit(config, data, CPU, keeper=script.RunKeeper(config, tmp_path / "last.pth", about))
@@ -501,12 +498,7 @@ def test_a_state_of_another_network_is_one_line(tmp_path, monkeypatch):
 
 def test_a_network_kept_by_an_unfinished_run_and_spoilt_since_is_told_at_once(tmp_path, monkeypatch):
     config, data = dataclasses.replace(SMALL, output_dir=str(tmp_path), model="tiny"), small_data()
-    about = script.identify_run(config, data, CPU)
-    keeper = script.RunKeeper(config, tmp_path / "last.pth", about)
-    with monkeypatch.context() as patches:
-        stop_after(patches, keeper.stops, 6)
-        with pytest.raises(script.Stopped):
-            script.fit(config, data, CPU, keeper=keeper)
+    about = interrupt(config, data, monkeypatch, steps=6)
     whole = (tmp_path / "best_model.pth").read_bytes()
     (tmp_path / "best_model.pth").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"whose best_model.pth, of epoch 1, is spoilt .*; put it back"):
@@ -528,7 +520,7 @@ def test_a_signal_during_the_last_epochs_end_is_not_lost(tmp_path, monkeypatch):
     assert script.read_content(tmp_path / "last.pth")["progress"]["epoch"] == config.num_epochs + 1
 
 
-def test_numbers_without_a_limit_are_no_answer(tmp_path):
+def test_numbers_without_a_limit_are_no_answer():
     """Of logits of +inf, probabilities are no numbers; logarithms of 0 are sound."""
     data, config = small_data(), dataclasses.replace(SMALL, augment=False)
     bias = torch.nn.Parameter(torch.tensor([0.0, math.inf, 0.0, 0.0]))
@@ -540,7 +532,7 @@ def test_numbers_without_a_limit_are_no_answer(tmp_path):
     assert (script.predict(model, data.dataset, np.arange(4), config, CPU)[:, 1] == 0).all()
 
 
-def test_features_too_large_to_be_remembered_are_one_line(tmp_path):
+def test_features_too_large_to_be_remembered_are_one_line():
     data, config = small_data(), dataclasses.replace(SMALL, model="tiny", neighbours=5)
     model = script.build_model(config, 4)
     model.conv5[0][1].weight.data[:] = 1e30

@@ -85,12 +85,12 @@ def begin_draws(draws: script.Draws, seed: int, device: torch.device, part: scri
 
 
 def draw(draws: script.Draws, count: int, low: float, high: float, *shape: int) -> torch.Tensor:
-    """In the place of Draws.uniform and Draws.normal."""
+    """In the place of Draws.uniform."""
     return draws.pick(draws.empty(count, shape))
 
 
 @contextlib.contextmanager
-def fake_gpu(room: bool = True):
+def fake_gpu(room: bool):
     """Tensors without content on a GPU, with room for the images or none."""
     from_numpy = torch.from_numpy
     with contextlib.ExitStack() as stack, fake_tensor.FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -162,7 +162,7 @@ def notice(fault) -> None:
     raise AssertionError("was not noticed")
 
 
-def report(name: str, action) -> None:
+def report(name: str, action, room: bool = True) -> None:
     """A case in a process of its own, and one line about it; the line of script.py where it failed."""
     child = os.fork()
     if child:
@@ -170,7 +170,7 @@ def report(name: str, action) -> None:
         print(f"{name}: {'sound' if status == 0 else f'status {status}'}", flush=True)
         return
     try:
-        with fake_gpu(room=name != "images on the host"):
+        with fake_gpu(room):
             action()
     except BaseException as error:
         own = [place for place in traceback.extract_tb(error.__traceback__) if place.filename.endswith("script.py")]
@@ -181,6 +181,7 @@ def report(name: str, action) -> None:
 
 if __name__ == "__main__":
     for case, (flags, more) in CASES.items():
-        report(case, functools.partial(learn, flags, more, case != "images on the host"))
+        room = case != "images on the host"
+        report(case, functools.partial(learn, flags, more, room), room)
     for name, fault in FAULTS.items():
         report(f"notices {name}", functools.partial(notice, fault))

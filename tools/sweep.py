@@ -39,8 +39,9 @@ DEFAULT_GRID = {"learning_rate": [0.001, 0.01, 0.1, 0.5, 1.0], "batch_size": [32
 # What the data was read or split by holds for all cells, since it is read once.
 FIXED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "train_val_split", "split_seed", "folds",
          "fold", "group_column", "on_bad_image", "device", "precision", "extra_csv", "extra_root", "extra_weight"}
+# Values that commas may be a part of.
 TEXTS = {"milestones", "teachers", "data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "extra_csv",
-         "extra_root", "group_column", "weights"}
+         "extra_root", "group_column"}
 # What `run` does around the training has no part in a sweep.
 IDLE = {"output_dir", "model_file", "submission_file", "pictures", "tensorboard", "max_minutes", "neighbours",
         "neighbour_share", "save_probabilities", *script.PREDICT_ONLY}
@@ -59,7 +60,7 @@ def parse_grid(argv: list[str]) -> tuple[list[str], dict[str, list]]:
         name = flag.removeprefix("--").replace("-", "_")
         if name in IDLE or (name.startswith("no_") and name[3:] in IDLE):
             raise script.UsageError(f"{flag} has no part in a sweep: leave it out")
-        if "," not in text or name in TEXTS:  # of which commas are a part
+        if "," not in text or name in TEXTS:
             fixed += [flag, text] if text else [flag]
         elif name in FIXED or name not in kinds or kinds[name] is bool:
             raise script.UsageError(f"{flag} cannot be swept over: name one value, which holds for every cell")
