@@ -60,6 +60,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -154,8 +155,8 @@ class Config:
     augment: bool = True                # warp and change the training images
     rotation: float = 10.0              # degrees to either side
     scale: float = 0.03                 # share by which an image grows or shrinks
-    shear: float = 0.2                  # slant: sideways share of the height
-    stretch: float = 0.15               # share by which the width changes against the height
+    shear: float = 0.2                  # slant: sideways share of the height, before the stretch
+    stretch: float = 0.15               # how much the width changes against the height: from e^-0.15 to e^0.15 times
     shift: float = 0.0                  # share of the side
     crop: float = 0.0                   # probability that a part of the image is cut out and scaled up
     crop_size: float = 0.8              # smallest side of that part, as a share of the image's
@@ -1038,7 +1039,7 @@ def pixel_table(path: Path, header: pd.Index, column: str, group: str = "") -> T
     ids = id_column(path, header) if column == "example_id" else ""
     texts = ["label", *[group] * bool(group)] if column == "label" else [ids] if ids else []
     check_columns(path, header, tuple(texts))
-    kinds = {**dict.fromkeys(header, str), **dict.fromkeys(names, np.int16)}
+    kinds = {**dict.fromkeys(header, str), **dict.fromkeys(names, np.int32)}
     try:
         table = read_csv(path, tuple(texts), dtype=kinds, header=0, names=header, na_filter=True,
                          keep_default_na=False, skip_blank_lines=True)
@@ -1431,8 +1432,10 @@ def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
                 image = ImageOps.exif_transpose(image)
     if image.mode[0] in "IF":  # 16 bits a pixel or more, which convert("L") would clip
         deep = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        shares, eight_bits = image.mode == "F" and deep.max() <= 1, deep.max() < 512  # resampling may overshoot 255
-        return (deep * 255 if shares else deep if eight_bits else deep // 257).clip(0, 255).astype(np.uint8), None
+        highest = max(float(deep.max()), 65535.0)
+        if deep.max() < 512:  # resampling may overshoot 1 or 255
+            highest = 1.0 if image.mode == "F" and deep.max() < 2 else 255.0
+        return (deep / (highest / 255)).clip(0, 255).astype(np.uint8), None
     if "A" in image.getbands() or "transparency" in image.info:
         grey, alpha = image.convert("RGBA").convert("LA").split()
         return np.asarray(grey), np.asarray(alpha)
@@ -1444,7 +1447,7 @@ def paper_of(grey: np.ndarray, alpha: np.ndarray | None) -> int:
     def border(values: np.ndarray) -> np.ndarray:
         return np.concatenate([values[0], values[-1], values[:, 0], values[:, -1]])
 
-    opaque = np.full(grey.shape, True) if alpha is None or not (alpha >= 128).any() else alpha >= 128
+    opaque = np.full(grey.shape, True) if alpha is None or not alpha.any() else alpha >= min(128, alpha.max())
     if border(opaque).mean() <= 0.5:
         return 0 if grey[opaque].mean() > 127 else 255
     return 255 if np.median(border(grey)[border(opaque)]) > 127 else 0
@@ -1504,9 +1507,10 @@ def usual_paper(papers: list[int]) -> int:
 
 
 def glance_at_images(table: Table, config: Config) -> tuple[list[int], list[int]]:
-    """Paper and longer side of up to 256 images spread over the table; unreadable ones are left for later."""
+    """Paper and longer side of up to 256 images of the table; unreadable ones are left for later."""
     papers, sides = [], []
-    for place in range(0, len(table), math.ceil(len(table) / 256)):
+    # Drawn, since every so-manyth row may be of another kind than the others.
+    for place in np.random.default_rng(0).permutation(len(table))[:256].tolist():
         if place in table.faults:
             continue
         try:
@@ -1546,7 +1550,8 @@ def describe_image_fault(error: Exception) -> str:
 def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -> tuple[np.ndarray, dict[int, str]]:
     """Decode all paths, on so many processes (-1: one a core): ink [N, size, size] and faults by position.
 
-    Forked where it can be: a fresh process would import torch first, which takes longer than most decoding.
+    Forked where it can be: a fresh process would import torch first, which takes longer than most decoding. Raises
+    DataError if one is killed.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(len(paths) // DECODE_CHUNK, cores if workers < 0 else workers, 61)  # 61: the most on Windows
@@ -1562,6 +1567,9 @@ def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -
                 faults[position] = result
             else:
                 images[position] = np.frombuffer(result, np.uint8).reshape(images.shape[1:])
+    except BrokenProcessPool:
+        raise DataError("a process that decodes images was killed, maybe since memory was short; try --num-workers 0"
+                        ) from None
     finally:
         pool.shutdown(cancel_futures=True)  # if it was interrupted, nobody waits for the rest
     return images, faults

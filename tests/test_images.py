@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 
 import numpy as np
 import pandas as pd
@@ -23,6 +24,13 @@ def drawing() -> np.ndarray:
     return grey
 
 
+def overshooting(values: np.ndarray) -> np.ndarray:
+    """As resampling leaves them: float32, a little beyond white at one place."""
+    values = values.astype(np.float32)
+    values[0, 0] *= 1.1
+    return values
+
+
 def forms() -> dict[str, Image.Image]:
     """The same drawing in Pillow's modes."""
     grey = Image.fromarray(drawing())
@@ -33,12 +41,14 @@ def forms() -> dict[str, Image.Image]:
             "32 bits": Image.fromarray(drawing().astype(np.int32)), "CMYK": grey.convert("RGB").convert("CMYK"),
             "8 of 16 bits": Image.fromarray(drawing().astype(np.uint16)),
             "shares": Image.fromarray(drawing().astype(np.float32) / 255),
-            "floats": Image.fromarray(drawing().astype(np.float32))}
+            "floats": Image.fromarray(drawing().astype(np.float32)),
+            "shares that overshoot": Image.fromarray(overshooting(drawing() / 255)),
+            "all 32 bits": Image.fromarray(drawing().astype(np.int32) * 8_421_504)}
 
 
 @pytest.mark.parametrize("form", forms())
 def test_every_mode_gives_the_same_ink(tmp_path, form):
-    path = tmp_path / ("image.tif" if form in ("CMYK", "32 bits", "shares", "floats") else "image.png")
+    path = tmp_path / ("image.tif" if form in ("CMYK", "floats") or "32" in form or "shares" in form else "image.png")
     forms()[form].save(path)
     grey, alpha = script.read_grey(str(path))
     assert script.paper_of(grey, alpha) == 255
@@ -58,6 +68,14 @@ def test_a_few_transparent_pixels_do_not_turn_the_page():
         grey[alpha == 0] = 255 - paper  # nobody sees it
         assert script.paper_of(grey, alpha) == paper
         assert script.paper_of(grey, np.zeros_like(alpha)) == paper
+
+
+@pytest.mark.parametrize("opacity", [60, 127, 128])
+def test_faint_strokes_on_a_transparent_page_are_ink(opacity):
+    alpha = np.where(drawing() < 255, opacity, 0).astype(np.uint8)
+    black = np.zeros_like(alpha)
+    assert script.paper_of(black, alpha) == 255
+    assert script.bare_ink(black, alpha, 255).max() == opacity
 
 
 def test_jpeg_gif_and_exif_are_read_upright(tmp_path):
@@ -90,6 +108,14 @@ def test_polarity_is_found_from_the_images(tmp_path, paper):
     assert statistics == ImageStatistics(paper, 32)
     ink = script.to_ink(*script.read_grey(str(tmp_path / "0.png")), statistics)
     assert np.array_equal(ink, 255 - drawing())
+
+
+def test_every_so_manyth_image_may_be_of_another_kind(tmp_path):
+    """Each drawing in four sizes, the smallest white on black, in a table of four times the images looked at."""
+    for side in (16, 20, 24, 32):
+        grey = np.asarray(Image.fromarray(drawing()).resize((side, side)))
+        Image.fromarray(255 - grey if side == 16 else grey).save(tmp_path / f"{side}.png")
+    assert look_at(tmp_path, ["16.png", "20.png", "24.png", "32.png"] * 256) == ImageStatistics(255, 32)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (20, 60), (60, 20), (5, 5), (1, 1), (1, 900), (900, 1)])
@@ -174,6 +200,18 @@ def test_processes_decode_the_same_as_this_one(competition, tmp_path, monkeypatc
     monkeypatch.setattr(script, "DECODE_CHUNK", 30)
     alone = np.array(load(competition, tmp_path / "a", num_workers=0))
     assert np.array_equal(load(competition, tmp_path / "b", num_workers=2), alone)
+
+
+def kill_itself(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_decoding_process_that_is_killed_is_one_line(competition, tmp_path, monkeypatch):
+    """As the system does where memory is short."""
+    monkeypatch.setattr(script, "DECODE_CHUNK", 30)
+    monkeypatch.setattr(script, "decode_image", kill_itself)
+    with pytest.raises(DataError, match=r"a process that decodes images was killed, .* try --num-workers 0$"):
+        load(competition, tmp_path, num_workers=2)
 
 
 def test_the_first_ten_bad_images_are_listed_by_row(competition, tmp_path, monkeypatch):

@@ -125,6 +125,7 @@ def test_pixels_become_ink_on_zero(tmp_path):
     (5, "1," + ",".join(["0"] * 15 + ["x"]), r"row 5: pixel15 is 'x'; a pixel is a whole number from 0 to 255"),
     (3, "1," + ",".join(["256"] + ["0"] * 15), r"row 3: pixel0 is '256'"),
     (3, "1," + ",".join(["0", "-1"] + ["0"] * 14), r"row 3: pixel1 is '-1'"),
+    (3, "1," + ",".join(["0", "65541"] + ["0"] * 14), r"row 3: pixel1 is '65541'"),
     (3, "1," + ",".join(["0", "99999999999999999999"] + ["0"] * 14), r"row 3: pixel1 is '9+'"),
     (3, "1," + ",".join(["0", "1.5"] + ["0"] * 14), r"row 3: pixel1 is '1.5'"),
     (3, "1," + ",".join(["0", ""] + ["0"] * 14), r"row 3: pixel1 is ''"),
