@@ -209,6 +209,7 @@ LAST_FILES = ("last.pth", "last.before.pth", "last.next.pth")
 TEST_PROBABILITIES = "test_probabilities.npz"
 JUDGEMENT_FILES = {"val_probabilities.npz", "class_accuracy.csv", "class_accuracy.png", "confusions.png",
                    "predictions.png"}
+EVALUATION_FILES = {f"evaluation_{name}" for name in JUDGEMENT_FILES if not name.endswith(".npz")}
 OWN_FILES = {*LAST_FILES, TEST_PROBABILITIES, *JUDGEMENT_FILES, "oof_probabilities.npz", "history.csv", "run.json",
              "class_distribution.png", "samples.png", "curves.png"}
 
@@ -859,9 +860,10 @@ def is_alive(process: int) -> bool:
 
 def check_not_read(folder: Path, written: Iterable[str], read: Iterable[Path]) -> None:
     """Raise UsageError where one of the files to be written into a folder is one of those that are read."""
-    for path in (folder / name for name in written):
+    read = list(read)
+    for path in filter(Path.exists, (folder / name for name in written)):
         for other in read:
-            if path.exists() and other.exists() and path.samefile(other):
+            if other.exists() and path.samefile(other):
                 raise UsageError(f"{other}: is read, and would be overwritten; name another --output-dir, or keep it "
                                  "under another name")
 
@@ -992,6 +994,9 @@ def read_csv(path: Path, columns: tuple[str, ...], **options) -> pd.DataFrame:
                                         "skip_blank_lines": False, **options})
     except FileNotFoundError:
         raise DataError(f"{path}: no such file; put it there, or name its folder with --data-dir") from None
+    except pd.errors.ParserWarning:  # that cells beyond the header's would be lost
+        raise DataError(f"{path}, row 2: more cells than the header has columns; put quotes around a cell that holds a "
+                        "comma, remove commas at the rows' ends, or name the column") from None
     except pd.errors.EmptyDataError:
         raise DataError(f"{path}: the file is empty; it needs the columns {', '.join(columns)}") from None
     except Exception as error:  # pandas, codecs and decompressors each raise their own
@@ -1039,6 +1044,7 @@ def pixel_table(path: Path, header: pd.Index, column: str, group: str = "") -> T
     ids = id_column(path, header) if column == "example_id" else ""
     texts = ["label", *[group] * bool(group)] if column == "label" else [ids] if ids else []
     check_columns(path, header, tuple(texts))
+    header = header.where(~header.duplicated(), [f"{name}, column {place}" for place, name in enumerate(header, 1)])
     kinds = {**dict.fromkeys(header, str), **dict.fromkeys(names, np.int32)}
     try:
         table = read_csv(path, tuple(texts), dtype=kinds, header=0, names=header, na_filter=True,
@@ -1663,9 +1669,13 @@ def load_images(table: Table, config: Config, statistics: ImageStatistics) -> np
 def load_all_images(tables: list[Table], config: Config, statistics: ImageStatistics) -> list[np.ndarray]:
     """The images of every table, uint8 [N, 1, size, size] each.
 
-    Raises DataError listing the first ten bad ones; if they are to be skipped, they are listed and stay blank.
+    Raises DataError listing the first ten bad ones; if they are to be skipped, they are listed and stay blank. Raises
+    UsageError for an image that stands where a run writes a file.
     """
     root = Path(config.data_dir, config.root_dir)
+    written = {config.model_file, config.submission_file, *OWN_FILES, *EVALUATION_FILES}
+    for names in (table.rows.image_path for table in tables if table.pixels is None):
+        check_not_read(Path(config.output_dir), written, map(root.joinpath, names[names.str.endswith(tuple(written))]))
     if not root.is_dir() and any(table.pixels is None for table in tables):
         raise DataError(f"{root}: no such folder; name the images' folder with --root-dir")
     loaded = [load_images(table, config, statistics) for table in tables]
@@ -1676,13 +1686,24 @@ def load_all_images(tables: list[Table], config: Config, statistics: ImageStatis
         listed = "\n  ".join(faults[:10]) + (f"\n  and {len(faults) - 10} more" if len(faults) > 10 else "")
         for table in tables:
             if len(table.bad) == len(table):
-                raise DataError(f"{table.path}: not one of its images can be used; if its paths do not start from "
-                                f"{root}, name their folder with --root-dir (--extra-root for extra rows):\n  {listed}")
+                raise DataError(f"{table.path}: not one of its images can be used; {path_remedy(table, config)}:\n  "
+                                f"{listed}")
         if config.on_bad_image == "error":
             raise DataError(f"{count}; replace each file or remove its row, or leave them out with --on-bad-image "
                             f"skip:\n  {listed}")
         warn(f"{count} and left out:\n  {listed}")
     return loaded
+
+
+def path_remedy(table: Table, config: Config) -> str:
+    """What may help where none of a table's images can be used."""
+    name, root = table.rows.image_path.iloc[0], Path(config.data_dir, config.root_dir)
+    if Path(config.data_dir, name).is_file():
+        return "its paths start from --data-dir: give --root-dir . (--extra-root . for extra rows)"
+    found = [path.name for path in (root / name).parent.glob(glob.escape(Path(name).name) + ".*")]
+    if len(found) == 1:
+        return f"write their extensions into its paths, as in {found[0]}"
+    return f"if its paths do not start from {root}, name their folder with --root-dir (--extra-root for extra rows)"
 
 
 def fingerprints(images: np.ndarray) -> list[bytes]:
@@ -1987,11 +2008,11 @@ class NeighbourVote(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         *body, head = self.network.children()
         features = nn.Sequential(*body)(x)
-        query = F.normalize(features.float() @ self.projection, dim=1)
-        lowered = torch.is_autocast_enabled(x.device.type)  # then the product takes the keys as they are
-        cosines, places = (query @ (self.keys if lowered else self.keys.float()).T).topk(self.count)
+        with torch.autocast(x.device.type, enabled=False):  # bf16 makes the cosines of many images one
+            query = F.normalize(features.float() @ self.projection, dim=1)
+            cosines, places = (query @ self.keys.float().T).topk(self.count)
         probabilities = head(features).float().softmax(dim=1)
-        weights = (cosines.float() / self.TEMPERATURE).softmax(dim=1)
+        weights = (cosines / self.TEMPERATURE).softmax(dim=1)
         vote = torch.zeros_like(probabilities).scatter_add_(1, self.targets[places], weights)
         return torch.lerp(probabilities, vote, self.share).log()
 
@@ -2249,6 +2270,7 @@ class Trained:
     classes: list[str]
     statistics: ImageStatistics
     metrics: dict
+    labels: str = ""  # the digest of its training table's labels; of earlier versions' checkpoints none
 
     @property
     def alone(self) -> "Trained":
@@ -2264,7 +2286,13 @@ def save_checkpoint(path: Path, trained: Trained) -> None:
         "model": {name: value.detach().cpu() for name, value in trained.alone.model.state_dict().items()},
         "memory": {name: value.cpu() for name, value in memory},
         "config": dataclasses.asdict(trained.config), "classes": trained.classes,
-        "image_statistics": dataclasses.asdict(trained.statistics), "metrics": trained.metrics, "versions": versions()})
+        "image_statistics": dataclasses.asdict(trained.statistics), "metrics": trained.metrics,
+        "labels": trained.labels, "versions": versions()})
+
+
+def digest_of_labels(labels: Iterable[str]) -> str:
+    """SHA-256 of a table's labels in their order, by which rows that were held out are found again."""
+    return hashlib.sha256("\n".join(labels).encode()).hexdigest()
 
 
 def saved_config(content: dict) -> Config:
@@ -2283,7 +2311,7 @@ def load_checkpoint(path: Path) -> Trained:
         if content.get("memory"):
             model = NeighbourVote(model, config, **content["memory"])
         return Trained(model, config, content["classes"], ImageStatistics(**content["image_statistics"]),
-                       content["metrics"])
+                       content["metrics"], content.get("labels", ""))
     except FileNotFoundError:
         raise DataError(f"{path}: no such checkpoint; train one with `python script.py`") from None
     except Exception as error:  # zipfile, pickle and torch each raise their own
@@ -2351,7 +2379,7 @@ class Progress:
     epoch: int = 1
     steps: int = 0                          # of this epoch that lie behind
     images: int = 0                         # in them
-    totals: list[float] = field(default_factory=lambda: [0.0, 0.0])  # their summed loss, their hits
+    sums: list[float] = field(default_factory=lambda: [0.0] * 3)  # loss, hits and images of those with a finite loss
     seconds: float = 0.0                    # of this epoch
     trained: float = 0.0                    # seconds of the training so far
     faults: float = 0.0                     # steps that had been left out before this epoch
@@ -2363,7 +2391,7 @@ class Progress:
         """Enter an epoch's row, and turn to the next epoch."""
         self.history.append(row)
         self.best = row if better else self.best
-        self.epoch, self.steps, self.images, self.totals, self.seconds = self.epoch + 1, 0, 0, [0.0, 0.0], 0.0
+        self.epoch, self.steps, self.images, self.sums, self.seconds = self.epoch + 1, 0, 0, [0.0] * 3, 0.0
         self.faults = faults
 
 
@@ -2543,7 +2571,7 @@ def identify_run(config: Config, data: "TrainingData", runtime: Runtime) -> dict
                    *([] if data.weights is None else [data.weights.cpu().numpy()])):
         total.update(np.ascontiguousarray(values).data)
     settings = {name: value for name, value in dataclasses.asdict(config).items() if name not in RESUME_SETTINGS}
-    teachers = [] if data.taught is None else [digest(read_content(path)) for path in teacher_files(config)]
+    teachers = [] if data.taught is None else teacher_digests(config)
     return {"settings": settings, "classes": data.classes, "data": total.hexdigest(),
             "device": runtime.device.type, "taught": teachers}
 
@@ -2811,10 +2839,11 @@ class Learner:
         self.scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.precision == "fp16")
         self.average = AveragedWeights(self.model, config.average_decay) if config.average_decay else None
         self.plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(
-            self.optimizer, "max", config.plateau_factor, config.plateau_patience)
+            self.optimizer, "max", config.plateau_factor, config.plateau_patience, threshold=0)
         self.rate = 1.0  # what the schedule is multiplied by: less after a setback
         self.sound = torch.ones((), device=runtime.device)  # 1 while all is finite, else 0: left on the device
-        self.faults = torch.zeros(2, device=runtime.device)  # steps left out: in all, and one after another till now
+        # Steps left out: in all, one after another till now, and the most one after another since the last look.
+        self.faults = torch.zeros(3, device=runtime.device)
 
     def is_too_small(self, parts: int) -> bool:
         """Whether the smallest step is too small for batch norm to be left to so many parts of it."""
@@ -2869,15 +2898,16 @@ class Learner:
     def check_faults(self) -> None:
         """Raise Setback if the numbers have gone wrong for good. Waits for the device."""
         lost = self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE
-        if self.faults[1] >= FAULT_LIMIT or lost or not self.sound:
+        if self.faults[2] >= FAULT_LIMIT or lost or not self.sound:
             raise Setback
+        self.faults[2] = self.faults[1]
 
     def slow_down(self) -> None:
         """Learn at half the rate from now on, and count anew the steps that are left out."""
         self.rate /= 2
         for group in self.optimizer.param_groups:
             group["lr"] /= 2
-        self.faults[1] = 0
+        self.faults[1:] = 0
 
     def freeze(self, frozen: bool) -> None:
         """Let only the last layer learn, or all; what is frozen keeps its batch statistics too."""
@@ -2886,11 +2916,11 @@ class Learner:
             layer.train(not frozen)
 
     def learn(self, batch: Batch, epoch: int, progress: float, share: float = 1.0, update: bool = True) -> Tensor:
-        """One step on a batch; gives its summed loss and its number of hits [2], left on the device.
+        """One step on a batch; gives its summed loss, its hits and its images [3], left on the device.
 
-        A guess at a blend counts as much as the blend holds of the class that was guessed, and where teachers say
-        what to learn, as much as they hold of it. The gradient's `share` is added to those of the batches before it,
-        and an `update` uses them up.
+        They are 0 where the loss is not finite. A guess at a blend counts as much as the blend holds of the class that
+        was guessed, and where teachers say what to learn, as much as they hold of it. The gradient's `share` is added
+        to those of the batches before it, and an `update` uses them up.
         """
         part, together = batch.part or Part(len(batch.images), 0, len(batch.images)), contextlib.nullcontext()
         if not update and self.runtime.ranks.joined:
@@ -2901,7 +2931,8 @@ class Learner:
         with together:
             logits = self.network(inputs).float()
             loss = weighted_loss(logits, targets, self.config.label_smoothing, weights)
-            self.sound = self.sound * loss.detach().isfinite()
+            finite = loss.detach().isfinite()
+            self.sound = self.sound * finite
             share = share * len(inputs) * self.runtime.ranks.count / part.total  # of this part in the ranks' mean
             self.scaler.scale(loss * share).backward()
         self.step, self.batches = self.step + 1, self.batches + 1
@@ -2909,7 +2940,7 @@ class Learner:
             self.descend(progress)
             self.batches = 0
         hits = targets.gather(1, logits.detach().argmax(dim=1, keepdim=True)).sum()
-        return torch.stack([loss.detach().nan_to_num(0, 0, 0) * len(inputs), hits])
+        return torch.stack([loss.detach().nan_to_num(0, 0, 0) * len(inputs), hits * finite, len(inputs) * finite])
 
     def prepare(self, batch: Batch, epoch: int, part: Part) -> tuple[Tensor, Tensor, Tensor | None]:
         """This step's inputs [B, 1, S, S], targets [B, classes] and weights [B], augmented and blended alike."""
@@ -2953,7 +2984,9 @@ class Learner:
         if self.average:
             self.average.update(self.updates, sound * self.sound)
         self.updates += 1
-        self.faults = (self.faults + 1 - sound) * torch.stack([torch.ones_like(sound), 1 - sound])
+        (total, streak, longest), left_out = self.faults, 1 - sound
+        streak = (streak + left_out) * left_out
+        self.faults = torch.stack([total + left_out, streak, torch.maximum(longest, streak)])
 
     def hasten_statistics(self) -> None:
         """Make the first steps' batch statistics the mean of all till now: what they start from is of no image.
@@ -2961,8 +2994,8 @@ class Learner:
         Small tables have few steps, after which batch norm's own momentum would still hold much of it.
         """
         weight = 1 - (1 - self.momentum) ** self.batches  # of this step's
-        factor = 1 / (weight * (self.updates + 1))
-        if factor > 1 and not self.config.weights:
+        if weight * (self.updates + 1 - FAULT_LIMIT) < 1 and not self.config.weights:
+            factor = (1 / (weight * (self.updates + 1 - self.faults[0]))).clamp(min=1)  # steps left out are none of it
             self.statistics.copy_(torch.lerp(self.last_statistics, self.statistics, factor))
 
     def average_ranks(self) -> None:
@@ -3003,20 +3036,26 @@ class Setback(Exception):
 
 
 class Tally:
-    """Summed loss and hits [2] of an epoch's images till now; those of this rank are left on the device."""
+    """Summed loss, hits and images [3] of an epoch till now; those of this rank are left on the device."""
 
     def __init__(self, progress: Progress, runtime: Runtime):
         self.ranks = runtime.ranks
-        self.before = torch.tensor(progress.totals if self.ranks.rank == 0 else [0.0, 0.0])
+        self.before = torch.tensor(progress.sums if self.ranks.rank == 0 else [0.0] * 3)
         self.own = self.before.to(runtime.device, copy=True)
 
     def sums(self) -> list[float]:
         """What all ranks have together; all must ask."""
         return self.ranks.add(self.own.clone()).tolist()
 
-    def guess(self, images: int) -> tuple[float, float]:
+    def guess(self) -> tuple[float, float]:
         """Mean loss and accuracy of the epoch's images, if the other ranks' were like this one's."""
-        return tuple((torch.lerp(self.before, self.own.cpu(), self.ranks.count) / images).tolist())
+        return mean_of(torch.lerp(self.before, self.own.cpu(), self.ranks.count).tolist())
+
+
+def mean_of(sums: list[float]) -> tuple[float, float]:
+    """Mean loss and accuracy of so much loss, so many hits and so many images."""
+    loss, hits, images = sums
+    return loss / max(images, 1), hits / max(images, 1)
 
 
 def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
@@ -3035,7 +3074,7 @@ def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
     def pause() -> None:
         """Bring the progress up to date, if the numbers are sound. Waits for the device."""
         learner.check_faults()
-        progress.totals, progress.seconds = tally.sums(), time.monotonic() - begun
+        progress.sums, progress.seconds = tally.sums(), time.monotonic() - begun
 
     with tqdm(total=len(data.train_rows), initial=progress.images, unit="img", unit_scale=True, leave=False,
               disable=ranks.rank > 0 or None, desc=f"epoch {progress.epoch}/{config.num_epochs}") as bar:
@@ -3052,13 +3091,13 @@ def train(learner: Learner, data: TrainingData, progress: Progress, pace: Pace,
             tally.own += learner.learn(data.batch(steps[number], part), progress.epoch, done, share, update)
             progress.steps, progress.images = number + 1, progress.images + part.total
             if bar.update(part.total):  # true when the bar was redrawn, ten times a second at the most
-                loss, accuracy = tally.guess(progress.images)
+                loss, accuracy = tally.guess()
                 bar.set_postfix(loss=f"{loss:.3f}", accuracy=f"{accuracy:.1%}", lr=f"{learner.learning_rate:.1e}",
                                 refresh=False)
             if update and learner.updates % FAULT_STEPS == 0:
                 learner.check_faults()
     pause()
-    mean_loss, accuracy = (np.array(progress.totals) / max(progress.images, 1)).tolist()
+    mean_loss, accuracy = mean_of(progress.sums)
     return {"train_loss": mean_loss, "train_accuracy": accuracy, "learning_rate": learner.learning_rate}
 
 
@@ -3152,7 +3191,9 @@ def close_epoch(learner: Learner, data: TrainingData, progress: Progress, pace: 
         learner.plateau.step(row["val_accuracy"])
     better, writes = progress.best is None or is_better(row, progress.best, config), learner.runtime.ranks.rank == 0
     if better and writes:
-        save_checkpoint(folder / config.model_file, Trained(learner.result, config, data.classes, data.statistics, row))
+        labels = digest_of_labels(data.classes[number] for number in data.own_targets)
+        save_checkpoint(folder / config.model_file,
+                        Trained(learner.result, config, data.classes, data.statistics, row, labels))
     progress.turn_over(row, better, faults)
     if writes:
         with whole_file(folder / "history.csv") as temporary:
@@ -3331,6 +3372,7 @@ class Member:
     networks: int = 1                          # how many its probabilities are the mean of
     config: Config | None = None               # the network's; None for saved probabilities, which need no images
     statistics: ImageStatistics | None = None  # how it wants its images
+    labels: str = ""                           # the digest of its training table's
 
 
 def look_at_member(path: Path, table: Table | None = None) -> Member:
@@ -3340,7 +3382,7 @@ def look_at_member(path: Path, table: Table | None = None) -> Member:
     """
     if path.suffix != ".npz":
         trained = load_checkpoint(path)
-        return Member(path, trained.classes, 1, trained.config, trained.statistics)
+        return Member(path, trained.classes, 1, trained.config, trained.statistics, trained.labels)
     if table is None:
         raise UsageError(f"{path}: saved probabilities of a test table can be averaged by predict alone; name a "
                          "checkpoint")
@@ -3413,18 +3455,22 @@ def ensemble_of_files(members: list[Member], question: Question, weights: np.nda
     return total
 
 
-def fit_weights(likelihoods: np.ndarray, rounds: int = 1000) -> np.ndarray:
+def fit_weights(likelihoods: np.ndarray, rounds: int = 100_000) -> np.ndarray:
     """The shares [members], none negative and 1 in all, at which a mean of probabilities has the least cross-entropy.
 
     `likelihoods` [rows, members] are what each member says of each row's true class; minimised is the convex
-    -mean(log(likelihoods @ shares)), by expectation maximisation, no round of which raises it. The shares fit these
-    rows: on others their mean is a little worse.
+    -mean(log(likelihoods @ shares)), by expectation maximisation, no round of which raises it, until it is within 1e-6
+    of the least. The shares fit these rows: on others their mean is a little worse.
     """
     likelihoods = np.maximum(likelihoods.astype(np.float64), 1e-12)
     shares = np.full(likelihoods.shape[1], 1 / likelihoods.shape[1])
     for _ in range(rounds):
-        shares = shares * (likelihoods / (likelihoods @ shares)[:, None]).mean(axis=0)
-    return shares
+        gains = (1 / (likelihoods @ shares)) @ likelihoods / len(likelihoods)
+        if gains.max() < 1 + 1e-6:  # no shares are better by more, as the loss is convex
+            break
+        shares = shares * gains
+    shares[shares < 1e-4] = 0  # as good as none, and not to be asked at all
+    return shares / shares.sum()
 
 
 def find_weights(members: list[Member], config: Config, runtime: Runtime) -> np.ndarray:
@@ -3468,6 +3514,15 @@ def teacher_files(config: Config) -> list[Path]:
     return [Path(path.strip()) for path in names.split(",") if path.strip()]
 
 
+def teacher_digests(config: Config) -> list[str]:
+    """What tells the config's teachers from others. Raises DataError for a file that is not a whole checkpoint."""
+    digests = []
+    for path in teacher_files(config):
+        load_checkpoint(path)
+        digests.append(digest(read_content(path)))
+    return digests
+
+
 def ask_teachers(config: Config, data: TrainingData, runtime: Runtime) -> Tensor | None:
     """What the config's teachers say, on average, of every row of the training table, then of the extra one if any.
 
@@ -3496,11 +3551,23 @@ def check_teacher(teacher: Member, config: Config, data: TrainingData, tables: l
     if split_settings(teacher.config) != split_settings(config):
         raise DataError(f"{teacher.path}: a teacher must have left the same rows to validation; take its "
                         f"{describe_split(teacher.config)}")
+    if len(data.val_rows):
+        check_same_table(teacher, tables[0])
     by_pixels = parts_of(config) and teacher.statistics != data.statistics
     if by_pixels and not np.array_equal(held_out(teacher, config, tables[0]), data.val_rows):
         raise DataError(f"{teacher.path}: a teacher must have left the same rows to validation; stored at "
                         f"{teacher.statistics.size} pixels, other images equal each other than at "
                         f"{data.statistics.size}")
+
+
+def check_same_table(trained: Trained | Member, table: Table) -> None:
+    """Raise DataError for a table that a network was not trained on, since others of its rows were held out."""
+    name = trained.path if isinstance(trained, Member) else "the checkpoint"
+    if not trained.labels:
+        warn(f"{name}: an earlier version's, which does not tell whether it was trained on {table.path} as that is now")
+    elif trained.labels != digest_of_labels(table.rows.label):
+        raise DataError(f"{table.path}: not the rows that {name} was trained on, or not in their order, so that it may "
+                        "have learnt those held out now; name its own table with --data-dir or --train-csv")
 
 
 def split_settings(config: Config) -> dict[str, object]:
@@ -3563,6 +3630,8 @@ def validation_question(members: list[Trained] | list[Member], config: Config,
     if labels != set(classes) and not (own.extra_classes and labels < set(classes)):
         raise DataError(f"{table.path}: not the classes that the checkpoint was trained on; name its own "
                         "table with --data-dir")
+    for member in members:
+        check_same_table(member, table)
     if config.on_bad_image == "skip":
         load_all_images([table], config, members[0].statistics)  # tells which of them cannot be used
     one_of_each = {member.statistics: member for member in members}.values()
@@ -4066,7 +4135,7 @@ def train_and_write(config: Config, data: TrainingData, task: Task, started: flo
         remove_leftovers(config, {"history.csv", "class_distribution.png", "samples.png", "curves.png",
                                   *(JUDGEMENT_FILES if judged else ())})
         # By which a fold counts as finished, so the last of all.
-        write_run_record(folder / "run.json", config, runtime, best.metrics, started, about["data"])
+        write_run_record(folder / "run.json", config, runtime, best.metrics, started, about)
         keeper.discard()
         print(describe_result(config, best.metrics, history, started))
     return time.monotonic() - started
@@ -4153,10 +4222,13 @@ def find_finished(config: Config, data: TrainingData, runtime: Runtime) -> dict 
     if any((folder / name).exists() for name in LAST_FILES[:2]) or not all(path.exists() for path in files):
         return None
     own, remedy = identify_run(config, data, runtime), "train it anew with --no-resume, or name another --output-dir"
+    if all(path.exists() for path in teacher_files(config)):  # they may be gone when nobody is taught any more
+        own["taught"] = teacher_digests(config)
     try:
         record, arrays = json.loads(files[0].read_text()), dict(np.load(files[1]))
         found = {**own, "settings": {name: record["config"].get(name) for name in own["settings"].keys() - ON_MACHINE},
-                 "classes": arrays["classes"].tolist(), "data": record["data_sha256"]}
+                 "classes": arrays["classes"].tolist(), "data": record["data_sha256"],
+                 "taught": record.get("taught", own["taught"]) if own["taught"] else []}
         same_rows = np.array_equal(arrays["rows"], data.val_rows)
     except Exception as error:  # json, zipfile and numpy each raise their own
         raise DataError(f"{folder}: what a finished fold left there cannot be read ({type(error).__name__}: "
@@ -4206,7 +4278,7 @@ def write_folds(config: Config, every: dict[int, Config], found: dict[int, dict]
     whole = dataclasses.replace(data, train_rows=judged.rows, val_rows=judged.rows, taught=None)
     write_probabilities(folder / "oof_probabilities.npz", judged, data.classes, folds=folds)
     write_run_record(folder / "run.json", config, runtime, metrics, time.monotonic() - seconds,
-                     identify_run(config, whole, runtime)["data"])
+                     identify_run(config, whole, runtime))
     write_judgement(folder, "", judged, data.classes, task.symbols, config.pictures)
     remove_leftovers(config, {"oof_probabilities.npz", *JUDGEMENT_FILES.difference({"val_probabilities.npz"})})
     print(describe_folds(config, metrics, folder))
@@ -4274,6 +4346,7 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
 
 def evaluate_command(config: Config, checkpoints: list[str], started: float) -> None:
     """Loss and accuracy of one or more checkpoints, averaged, on the labelled rows of test_csv; with pictures."""
+    check_not_read(Path(config.output_dir), EVALUATION_FILES, [*input_files(config), *map(Path, checkpoints)])
     folder, (members, runtime) = output_folder(config), choose_members(config, checkpoints)
     table, classes = open_table(config, test_table_name(config), "label", "test"), members[0].classes
     unknown = table.rows.index[~table.rows.label.isin(classes)]
@@ -4310,6 +4383,10 @@ def choose_members(config: Config, checkpoints: list[str], table: Table | None =
     if config.views > 1 and not any(member.config for member in members):
         raise UsageError(f"--views {config.views}: saved probabilities are of the views that they were made with; "
                          "leave it out, or name checkpoints")
+    for member in members:
+        if config.views > 1 and member.config and not member.config.augment:
+            raise UsageError(f"--views {config.views}: {member.path} was trained with --no-augment, and knows one view "
+                             "of an image; leave it out")
     return members, runtime_of(members, config)
 
 
@@ -4320,11 +4397,12 @@ def runtime_of(members: list[Member] | list[Trained], config: Config) -> Runtime
                          and made_in == "float32" else config)
 
 
-def write_run_record(path: Path, config: Config, runtime: Runtime, metrics: dict, started: float, data: str) -> None:
-    """Write what a run was and gave: settings, versions, device, figures, time, memory and its data's digest."""
+def write_run_record(path: Path, config: Config, runtime: Runtime, metrics: dict, started: float,
+                     about: dict) -> None:
+    """Write what a run was and gave: settings, versions, device, figures, time, memory, digests of what it read."""
     record = {"config": dataclasses.asdict(config), "versions": versions(),
               "device": runtime.describe(), "metrics": metrics, "seconds": round(time.monotonic() - started, 1),
-              "peak_memory_gb": peak_memory_gb(), "data_sha256": data}
+              "peak_memory_gb": peak_memory_gb(), "data_sha256": about["data"], "taught": about["taught"]}
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
 

@@ -455,10 +455,47 @@ def test_a_test_table_of_other_paper_is_warned_of(main_in_process, command):
 
 
 def test_paths_from_another_folder_are_told_of_root_dir(main_in_process, command):
-    table = pd.read_csv(command.data / "train.csv", dtype=str)
-    table.assign(image_path="Dataset_Image/" + table.image_path).to_csv(command.data / "train.csv", index=False)
+    for name in ("test.csv", "train.csv"):
+        table = pd.read_csv(command.data / name, dtype=str)
+        table.assign(image_path="Dataset_Image/" + table.image_path).to_csv(command.data / name, index=False)
     status, _, error = main_in_process(*QUICK)
-    assert status == 1 and "train.csv: not one of its images can be used" in error and "with --root-dir" in error
+    assert status == 1 and "train.csv: not one of its images can be used" in error and "give --root-dir . " in error
+    assert main_in_process(*QUICK, "--model", "tiny", "--root-dir", ".")[0] == 0
+    table.assign(image_path="../" + table.image_path).to_csv(command.data / "train.csv", index=False)
+    assert "do not start from" in main_in_process(*QUICK)[2]
+
+
+def test_paths_without_their_extensions_are_told_of_them(main_in_process, command):
+    table = pd.read_csv(command.data / "train.csv", dtype=str)
+    bare = table.image_path.str.removesuffix(".png")
+    table.assign(image_path=bare).to_csv(command.data / "train.csv", index=False)
+    status, _, error = main_in_process(*QUICK)
+    assert status == 1 and f"write their extensions into its paths, as in {bare[0].rpartition('/')[2]}.png:" in error
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-pictures"]])
+def test_an_image_of_the_data_is_neither_overwritten_nor_removed(main_in_process, command, flags):
+    """The images lie in the output folder, and one has the name of a picture that is drawn there."""
+    root = command.output = command.data / "Dataset_Image" / "data"
+    table = pd.read_csv(command.data / "train.csv", dtype=str)
+    taken = root / "samples.png"
+    (command.data / "Dataset_Image" / table.image_path[3]).rename(taken)
+    table.loc[3, "image_path"] = "data/samples.png"
+    table.to_csv(command.data / "train.csv", index=False)
+    before = taken.read_bytes()
+    status, _, error = main_in_process(*QUICK, "--model", "tiny", *flags)
+    assert status == 2 and "samples.png: is read, and would be overwritten" in error and error.count("\n") == 1
+    assert taken.read_bytes() == before
+
+
+def test_evaluate_does_not_overwrite_its_table(main_in_process, command):
+    assert main_in_process(*QUICK, "--model", "tiny")[0] == 0
+    table = command.data / "evaluation_class_accuracy.csv"
+    table.write_bytes((command.data / "train.csv").read_bytes())
+    network, command.output = command.output / "best_model.pth", command.data
+    status, _, error = main_in_process("evaluate", str(network), "--test-csv", table.name, "--no-pictures")
+    assert status == 2 and f"{table.name}: is read, and would be overwritten" in error
+    assert table.read_bytes() == (command.data / "train.csv").read_bytes()
 
 
 def test_a_full_disk_is_told_with_the_file(main_in_process, monkeypatch):

@@ -143,6 +143,14 @@ def test_a_missing_table_is_one_line(checked, competition):
     assert status == 1 and error.startswith("error: ") and error.count("\n") == 1 and same is None
 
 
+def test_a_table_that_is_read_is_not_overwritten(checked, competition):
+    table = competition / "same_images.csv"
+    table.write_bytes((competition / "train.csv").read_bytes())
+    status, _, error, _ = checked("--train-csv", table.name, "--output-dir", str(competition))
+    assert status == 2 and "same_images.csv: is read, and would be overwritten" in error
+    assert table.read_bytes() == (competition / "train.csv").read_bytes()
+
+
 def test_equal_images_ignore_those_that_cannot_be_used(checked, competition):
     for row in (6, 11):
         image(competition, row).write_bytes(b"")  # both are blank in memory

@@ -160,6 +160,16 @@ def test_fitted_weights_have_the_least_cross_entropy():
     assert np.isfinite(script.fit_weights(np.zeros((3, 2)))).all()
 
 
+def test_fitted_weights_tell_members_that_are_much_alike_apart():
+    rng = np.random.default_rng(1)
+    base = rng.beta(8, 2, (4000, 1))
+    likelihoods = np.clip(base + rng.normal(0, 0.004, (4000, 3)) - [0.002, 0, 0.001], 0.01, 0.99)
+    shares = script.fit_weights(likelihoods)
+    gains = (likelihoods / (likelihoods @ shares)[:, None]).mean(axis=0)  # what a little more of each is worth
+    assert gains.max() < 1 + 2e-6
+    assert shares[0] == 0 and shares.sum() == pytest.approx(1)  # and is not asked at all
+
+
 def test_weights_are_found_on_the_validation_rows(trained, call):
     command, files = trained
     config = Config(data_dir=str(command.data), cache_dir=str(command.cache))
@@ -349,6 +359,43 @@ def test_images_of_one_kind_are_prepared_once(monkeypatch):
     for statistics in (small, small, large, large, small):
         question.dataset(statistics)
     assert prepared == [small, large, small]
+
+
+def test_a_table_in_another_order_is_not_the_one_trained_on(trained, call, monkeypatch):
+    """By it other rows were held out, and the network would be judged on rows that it has learnt."""
+    command, files = trained
+    table = pd.read_csv(command.data / "train.csv", dtype=str)
+    table.sort_values("label").to_csv(command.data / "sorted.csv", index=False)
+    pd.concat([table, table.iloc[:1]]).to_csv(command.data / "longer.csv", index=False)
+    for name in ("sorted.csv", "longer.csv"):
+        status, _, error = call("predict", *files, "--member-weights", "validation", "--train-csv", name)
+        assert status == 1 and f"{name}: not the rows that {files[0]} was trained on, or not in their order" in error
+        assert error.count("\n") == 1
+        status, _, error = call(*QUICK, "--model", "tiny", "--teachers", files[0], "--train-csv", name)
+        assert status == 1 and f"{name}: not the rows that {files[0]} was trained on, or not in their order" in error
+    every = ["--train-val-split", "1"]  # then no row is held out, and a teacher may be of any table
+    status, _, error = call(*QUICK, *every, "--model", "tiny")
+    assert status == 0, error
+    teacher = call.command.output / "best_model.pth"
+    call.command.output = call.command.output.with_name("pupil")
+    assert call(*QUICK, *every, "--model", "tiny", "--teachers", teacher, "--train-csv", "sorted.csv")[0] == 0
+
+
+def test_a_checkpoint_of_an_earlier_version_is_taken_with_a_warning(trained, call, tmp_path):
+    content = script.read_content(trained[1][0])
+    del content["labels"]
+    script.write_content(tmp_path / "old.pth", content)
+    status, _, error = call("predict", tmp_path / "old.pth", trained[1][1], "--member-weights", "validation")
+    assert status == 0 and "old.pth: an earlier version's, which does not tell" in error
+
+
+def test_a_network_without_augmentation_knows_one_view(trained, call, tmp_path):
+    content = script.read_content(trained[1][0])
+    content["config"]["augment"] = False
+    script.write_content(tmp_path / "plain.pth", content)
+    status, _, error = call("predict", tmp_path / "plain.pth", "--views", "2")
+    assert status == 2 and "plain.pth was trained with --no-augment" in error
+    assert call("predict", tmp_path / "plain.pth")[0] == 0
 
 
 def test_a_teacher_is_no_file_of_probabilities(trained, tmp_path, capsys):

@@ -329,6 +329,19 @@ def test_teachers_are_those_of_the_same_fold(folded, tmp_path, capsys):
     shutil.rmtree(tmp_path / "fold2")  # the last one alone joins them too
     assert folded(tmp_path, *GROUPED, "--teachers", each, "--fold", "2") == 0
     assert "cross-validated accuracy" in capsys.readouterr().out
+    others = tmp_path / "others"
+    for fold in range(3):
+        (others / f"fold{fold}").mkdir(parents=True)
+        trained = script.load_checkpoint(folded.output / f"fold{fold}" / "best_model.pth")
+        for weight in trained.model.parameters():
+            weight.data *= 0.9
+        script.save_checkpoint(others / f"fold{fold}" / "best_model.pth", trained)
+    # What their names do not tell, nor the settings: files changed in their places.
+    record = json.loads((tmp_path / "fold0" / "run.json").read_text())
+    record["config"]["teachers"] = changed = str(others / "fold{fold}" / "best_model.pth")
+    (tmp_path / "fold0" / "run.json").write_text(json.dumps(record))
+    assert folded(tmp_path, *GROUPED, "--teachers", changed, "--fold", "0") == 1
+    assert "holds a finished fold with other teachers" in capsys.readouterr().err
 
 
 def test_groups_stay_whole_without_folds_too(folded, tmp_path):

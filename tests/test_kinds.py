@@ -118,6 +118,14 @@ def test_pixels_become_ink_on_zero(tmp_path):
     assert small.shape == (6, 1, 2, 2)
 
 
+def test_columns_that_are_ignored_may_have_one_name(tmp_path):
+    path = write_pixels(tmp_path)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0] + ",x, x", *(line + ",1,2" for line in lines[1:])]))
+    table = script.read_train_table(Config(data_dir=str(tmp_path)))
+    assert np.array_equal(table.pixels.reshape(6, -1), pixels(6))
+
+
 @pytest.mark.parametrize("row, cells, message", [
     (4, "1," + ",".join(["0"] * 15), r"row 4: 16 cells under a header of 17"),
     (4, "1," + ",".join(["0"] * 17), r"row 4: 18 cells under a header of 17"),

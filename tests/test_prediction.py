@@ -75,6 +75,19 @@ def test_neighbours_vote_by_their_nearness():
         assert torch.allclose(many(image).exp().sum(), torch.tensor(1.0))
 
 
+def test_neighbours_are_told_apart_in_bf16_too():
+    """Keys whose cosines bf16 rounds to one number."""
+    angles = torch.linspace(0, 0.5, 200)
+    keys = torch.stack([angles.sin(), angles.cos()], dim=1)[torch.randperm(200, generator=torch.manual_seed(0))]
+    nearest = keys[:, 1].argmax()
+    model = script.NeighbourVote(TwoFeatures().eval(), Config(neighbours=1, neighbour_share=0.99), torch.eye(2), keys,
+                                 (torch.arange(200) == nearest).long())
+    image = torch.zeros(1, 1, 8, 8)
+    image[..., 4:] = 1
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert model(image).argmax() == 1
+
+
 @pytest.mark.parametrize("model", ["resnet", "cnn", "digit-cnn", "mlp"])  # tiny has too few features
 def test_a_network_remembers_its_training_images_and_so_does_its_checkpoint(tmp_path, model):
     """Weights at random, memory as taught: with nearly the whole vote the training images get their own labels."""

@@ -41,6 +41,12 @@ def test_the_tool_draws_the_same_bytes_again(tmp_path):
                 assert one.read() == two.read(), name
     for name in TABLES:
         assert (tmp_path / "one" / name).read_text() == (REPOSITORY / name).read_text()
+    (tmp_path / "two" / "Dataset_Image" / "0003.png").unlink()
+    (tmp_path / "two" / "train.csv").write_text("somebody's own")
+    done = subprocess.run([sys.executable, "-m", "tools.make_sample", str(tmp_path / "two")], cwd=REPOSITORY,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and "two/train.csv: is there already, with other content" in done.stderr
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "two" / "Dataset_Image" / "0003.png").exists()
 
 
 @pytest.mark.slow

@@ -55,6 +55,21 @@ def test_a_stopped_sweep_goes_on_with_the_same_cells(arguments, tmp_path, monkey
     assert "holds a sweep of other settings or data" in capsys.readouterr().err
 
 
+def test_files_of_something_else_are_not_overwritten(arguments, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "curves.png").write_bytes(b"a run's")
+    assert sweep.main([*arguments, "--learning-rate", "0.01,0.1"]) == 2
+    assert "holds a curves.png of something else; name another --sweep-dir" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["curves.png"]
+
+
+def test_an_empty_text_is_a_value_that_is_found_again(arguments, tmp_path, monkeypatch):
+    assert sweep.main([*arguments, "--weights", ",none.pth"]) == 0
+    monkeypatch.setattr(script, "fit", lambda *_: pytest.fail("trained again"))
+    assert sweep.main([*arguments, "--weights", ",none.pth"]) == 0
+    assert len(pd.read_csv(tmp_path / "out" / "sweep.csv")) == 2
+
+
 def test_a_cell_that_diverges_is_a_row(arguments, tmp_path, monkeypatch):
     descend = script.Learner.descend
 

@@ -46,7 +46,8 @@ def test_harmless_forms_are_read(tmp_path, content):
     ("image_path,label\na.png,1\nb.png,2,3,4\n", "train.csv: not a readable CSV table"),
     (b"\xff\xfe\x00\x01\x02binary", "train.csv: not a readable CSV table"),
     ('image_path,label\n"a.png,1\n', "train.csv: not a readable CSV table"),
-    ("image_path,label\na.png,1,2\nb.png,2,3\n", "quotes around a cell"),
+    ("image_path,label\na.png,1,2\nb.png,2,3\n", "row 2: more cells than the header has columns; put quotes around"),
+    ("image_path,label\na.png,1,\nb.png,2,\n", "remove commas at the rows' ends"),
 ])
 def test_bad_tables_are_refused_by_row(tmp_path, content, message):
     with pytest.raises(DataError) as error:

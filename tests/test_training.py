@@ -426,6 +426,32 @@ def test_a_step_without_finite_numbers_is_left_out(tmp_path, monkeypatch, capsys
     assert all_finite(script.load_checkpoint(tmp_path / "best_model.pth").model.state_dict())
 
 
+def test_what_is_left_out_has_no_part_in_the_epochs_figures(tmp_path, monkeypatch):
+    """At a rate of nearly 0, each step's figures are those of its images."""
+    histories = []
+    for steps in ((), {1, 2}):
+        config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=1, learning_rate=1e-9, resume=False)
+        with monkeypatch.context() as patches:
+            poisoned(patches, steps, inputs_that_overflow)
+            histories.append(script.fit(config, small_data(), CPU))
+    assert histories[1].train_loss[0] == pytest.approx(histories[0].train_loss[0], rel=0.1)
+    assert 0.7 < histories[1].train_loss[0] / histories[1].val_loss[0] < 1.4  # not half of it
+    learner = learner_of(SMALL)
+    inputs_that_overflow(learner)
+    assert learner.learn(small_data().batch(np.arange(8)), 1, 0.5).tolist() == [0, 0, 0]
+
+
+def test_statistics_after_a_first_step_that_is_left_out_are_of_images():
+    data, learners = small_data(), [learner_of(SMALL) for _ in range(2)]
+    inputs_that_overflow(learners[1])
+    learners[1].learn(data.batch(data.train_rows[:8]), 1, 0.5)
+    for learner in learners:
+        for step in range(3):
+            learner.learn(data.batch(data.train_rows[8 * step:][:8]), 1, 0.5)
+    first = [learner.model.conv1[0][1].running_var for learner in learners]
+    assert torch.allclose(*first, rtol=0.3) and first[1].max() < 0.5  # it starts from 1
+
+
 def test_a_step_that_is_left_out_changes_nothing():
     data, learner = small_data(), learner_of(SMALL)
     batch = data.batch(np.arange(8))
@@ -441,7 +467,7 @@ def test_a_step_that_is_left_out_changes_nothing():
             for group in state["param_groups"]:
                 group.pop("lr")
         assert script.digest(plain[0]) == script.digest(plain[1]), name
-    assert after["faults"].tolist() == [1, 1]
+    assert after["faults"].tolist() == [1, 1, 1]
 
 
 def test_a_weight_that_is_no_number_never_reaches_the_average(tmp_path, monkeypatch, capsys):
@@ -463,6 +489,13 @@ def test_training_goes_back_and_learns_more_slowly(tmp_path, monkeypatch, capsys
     out = capsys.readouterr().out
     assert "no finite numbers" in out and "back to epoch 3, step 0, with 0.5 of the rate" in out
     assert len(history) == 4 and all_finite(script.load_checkpoint(tmp_path / "best_model.pth").model.state_dict())
+
+
+def test_ten_steps_in_a_row_are_seen_after_they_are_over(tmp_path, monkeypatch, capsys):
+    poisoned(monkeypatch, set(range(3, 15)), inputs_that_overflow)
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=2, batch_size=2)
+    script.fit(config, small_data(), CPU)
+    assert "back to epoch 1, step 0, with 0.5 of the rate" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("minutes", [0.0, 10.0])
@@ -673,6 +706,15 @@ def test_plateau_lowers_the_rate_when_accuracy_stands_still(tmp_path, monkeypatc
     assert rates.tolist() == pytest.approx([3e-3, 3e-3, 3e-3, 1.5e-3, 1.5e-3, 7.5e-4])
 
 
+def test_plateau_keeps_the_rate_while_accuracy_rises_by_little(tmp_path, monkeypatch):
+    """One image more of many, each epoch."""
+    figures = {"val_loss": 1.0, "val_top3_accuracy": 0.5, "val_class_accuracy": 0.5}
+    hits = itertools.count(11_500)
+    monkeypatch.setattr(script, "validate", lambda *_: {**figures, "val_accuracy": next(hits) / 13_447})
+    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=4, schedule="plateau", plateau_patience=0)
+    assert script.fit(config, small_data(), CPU).learning_rate.tolist() == pytest.approx([3e-3] * 4)
+
+
 @pytest.mark.parametrize("settings", [{}, {"mixup": True}, {"cutmix": True}, {"thickness": 0.5}, {"max_grad_norm": 0.0},
                                       {"average_decay": 0.0}, {"augment": False}, {"precision": "bf16"},
                                       {"model": "resnet"}])
@@ -783,7 +825,7 @@ def checkpoint(tmp_path, **content):
 def test_a_checkpoint_holds_all_that_prediction_needs(tmp_path):
     path, model = checkpoint(tmp_path)
     content = torch.load(path, weights_only=True)
-    assert set(content) == {"model", "config", "classes", "image_statistics", "metrics", "versions", "memory",
+    assert set(content) == {"model", "config", "classes", "image_statistics", "metrics", "labels", "versions", "memory",
                             "sha256"}
     assert set(content["config"]) == set(dataclasses.asdict(SMALL))
     assert {"torch", "python", "numpy"} <= content["versions"].keys()

@@ -127,7 +127,7 @@ def learn(flags: str, more: bool, room: bool) -> None:
     with Watch():
         for update in (False, True):
             figures = learner.learn(data.batch(rows[:64]), 1, 0.1, 0.5, update)
-        assert figures.device.type == "cuda" and figures.shape == (2,)
+        assert figures.device.type == "cuda" and figures.shape == (3,)
         width = next(layer for layer in model[-1].modules() if isinstance(layer, nn.Linear)).in_features
         keys = torch.zeros(150, script.NeighbourVote.COMPONENTS, dtype=torch.bfloat16, device=GPU)
         vote = script.NeighbourVote(model, config, torch.zeros(width, keys.shape[1], device=GPU), keys,

@@ -18,6 +18,7 @@ import dataclasses
 import importlib.util
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -117,7 +118,8 @@ def describe_clues(found: pd.DataFrame, labels: pd.Series) -> list[str]:
         if values.nunique() < 2:
             continue
         numbers = values.to_numpy(dtype=float)
-        answers = cross_val_predict(nearest, numbers[:, None], targets, cv=folds)
+        with warnings.catch_warnings(action="ignore"):  # scikit-learn takes many classes for a mistake
+            answers = cross_val_predict(nearest, numbers[:, None], targets, cv=folds)
         share = max((answers == targets).mean(), share_of_equals(numbers, targets, folds))
         if share > chance + GIVEN_AWAY:
             lines.append(f"warning: {name} gives the label away: alone it is right for {share:.1%} of the training "
@@ -149,6 +151,7 @@ def check(given: argparse.Namespace) -> int:
         config = script.Config(**settings, on_bad_image="skip", image_size=given.image_size)
     except ValueError as error:
         raise script.UsageError(str(error)) from None
+    script.check_not_read(given.output_dir, ["same_images.csv"], script.input_files(config))
     tables = [("train", script.read_train_table(config)), ("test", script.read_test_table(config))]
     train = tables[0][1]
     classes = script.sort_classes(train.rows.label)

@@ -9,7 +9,9 @@ are shuffled, so that they say nothing of the label. The same versions of the pa
 """
 
 import argparse
+import io
 import pathlib
+import sys
 
 import matplotlib
 import numpy as np
@@ -20,6 +22,8 @@ from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 from matplotlib.transforms import IdentityTransform
 from PIL import Image
+
+import script
 
 SYMBOLS = {
     31: "A", 34: "D", 46: "P", 49: "S", 59: r"\rightarrow", 72: "2", 73: "3", 74: "4", 76: "6", 78: "8", 81: r"\pi",
@@ -99,17 +103,29 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=pathlib.Path, nargs="?", default=pathlib.Path("."))
     out = parser.parse_args().out
+    sys.exit(script.exit_status(lambda _: write_sample(out), "the sample is not whole"))
+
+
+def write_sample(out: pathlib.Path) -> None:
+    """Draw the sample and write it, where nothing else stands."""
     with matplotlib.rc_context({"path.simplify": False, "agg.path.chunksize": 0}):
         table = draw_all().sample(frac=1, random_state=SEED, ignore_index=True)
     table["image_path"] = [f"{number:04d}.png" for number in range(len(table))]
-    (out / "Dataset_Image").mkdir(parents=True, exist_ok=True)
+    files = {}
     for name, image in zip(table.image_path, table.image):
-        image.save(out / "Dataset_Image" / name, optimize=True)
-    table[table.train][["image_path", "label"]].to_csv(out / "train.csv", index=False)
+        image.save(encoded := io.BytesIO(), "PNG", optimize=True)
+        files[f"Dataset_Image/{name}"] = encoded.getvalue()
     test = table[~table.train].reset_index(drop=True)
-    test.assign(example_id=test.index)[["example_id", "image_path"]].to_csv(out / "test.csv", index=False)
-    classes = pd.DataFrame({"label": SYMBOLS.keys(), "latex": SYMBOLS.values()})
-    classes.to_csv(out / "classes.csv", index=False)
+    tables = {"train.csv": table[table.train][["image_path", "label"]],
+              "test.csv": test.assign(example_id=test.index)[["example_id", "image_path"]],
+              "classes.csv": pd.DataFrame({"label": SYMBOLS.keys(), "latex": SYMBOLS.values()})}
+    files |= {name: own.to_csv(index=False).encode() for name, own in tables.items()}
+    for name, content in files.items():
+        if (out / name).exists() and (out / name).read_bytes() != content:
+            raise script.UsageError(f"{out / name}: is there already, with other content; name another folder")
+    for name, content in files.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(content)
     print(f"wrote {len(table)} images of {len(SYMBOLS)} symbols to {out.resolve()}")
 
 

@@ -95,11 +95,16 @@ def finished_cells(folder: Path, same: str, names: list[str]) -> tuple[list[dict
     Refuses another sweep's.
     """
     if not (folder / "sweep.csv").exists():
+        other = [name for name in ("history.csv", "curves.png", "heat_map.png") if (folder / name).exists()]
+        if other and not (folder / "sweep.json").exists():
+            raise script.UsageError(f"{folder}: holds a {other[0]} of something else; name another --sweep-dir")
         return [], []
     if not (folder / "sweep.json").exists() or (folder / "sweep.json").read_text() != same:
         raise script.UsageError(f"{folder}: holds a sweep of other settings or data; name another --sweep-dir, or "
                                 "remove it")
-    rows, histories = (pd.read_csv(folder / name, keep_default_na=True) for name in ("sweep.csv", "history.csv"))
+    rows, histories = (pd.read_csv(folder / name) for name in ("sweep.csv", "history.csv"))
+    for table in (rows, histories):
+        table[names] = table[names].fillna("")  # an empty text is a value
     return rows.to_dict("records"), histories.merge(rows[names], on=names).to_dict("records")  # of a cell cut off: none
 
 
