@@ -20,6 +20,8 @@ MOST = 9
 
 def main() -> None:
     trained, dataset, targets, runtime = arguments.with_validation_rows(__doc__)
+    if not trained.config.augment:
+        raise script.UsageError("the checkpoint was trained with --no-augment, and knows one view of an image")
     views = script.ask_views(runtime.place(trained.model), dataset, np.arange(len(targets)),
                              dataclasses.replace(trained.config, views=MOST), runtime)
     for count, total in enumerate(itertools.accumulate(views), start=1):

@@ -16,7 +16,7 @@ def finished(request, tmp_path_factory):
     """One short run of the real command on a real folder."""
     folder = tmp_path_factory.mktemp("real")
     command = Command(Path(request.param), folder / "out", folder / "cache")
-    done = command("--num-epochs", "2", "--max-minutes", "12", "--model", "cnn", timeout=900)
+    done = command("--num-epochs", "2", "--max-minutes", "6", "--model", "cnn", timeout=900)
     assert done.returncode == 0, done.stderr
     return command, done
 
@@ -31,7 +31,7 @@ def test_the_submission_has_the_competitions_form(finished):
     assert set(submission.label) <= known and submission.label.nunique() > len(known) / 3
 
 
-def test_two_epochs_recognise_most_symbols(finished):
+def test_a_few_minutes_recognise_most_symbols(finished):
     command, done = finished
     accuracy = pd.read_csv(command.output / "history.csv").val_accuracy.iloc[-1]
     assert accuracy > 0.65, done.stdout

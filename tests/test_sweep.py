@@ -117,6 +117,7 @@ def test_without_a_grid_rates_are_crossed_with_batch_sizes():
                                                         {"learning_rate": sweep.DEFAULT_GRID["learning_rate"]})
 
 
+@pytest.mark.slow
 def test_a_network_that_cannot_take_its_size_is_a_row(arguments, tmp_path):
     flags = ["--num-epochs", "1", "--image-size", "16,32", "--learning-rate", "0.01"]
     arguments = [flag for flag in arguments if flag not in ("8", "--image-size")]

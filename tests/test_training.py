@@ -502,7 +502,8 @@ def test_ten_steps_in_a_row_are_seen_after_they_are_over(tmp_path, monkeypatch, 
 def test_when_a_state_was_saved_does_not_matter_to_a_setback(tmp_path, monkeypatch, capsys, minutes):
     """A state from the middle of an epoch may be doomed already: the epoch's beginning is gone back to."""
     poisoned(monkeypatch, {10}, spoil_a_weight)  # the second step of the third epoch
-    config = dataclasses.replace(SMALL, output_dir=str(tmp_path), num_epochs=4, checkpoint_minutes=minutes)
+    config = dataclasses.replace(SMALL, model="tiny", output_dir=str(tmp_path), num_epochs=4,
+                                 checkpoint_minutes=minutes)
     data = small_data()
     script.fit(config, data, CPU, keeper=script.RunKeeper(config, tmp_path / "last.pth", script.identify_run(
         config, data, CPU)))
