@@ -38,6 +38,7 @@ def test_erasing_and_noise_take_their_share():
     assert torch.equal(stress.add_noise(ones, 0.1), stress.add_noise(ones, 0.1))
 
 
+@pytest.mark.slow
 def test_the_whole_tool(tmp_path, capsys):
     command = Command(make_competition(tmp_path / "competition", 200), tmp_path / "out", tmp_path / "cache")
     assert script.main(command.arguments(*QUICK[2:], "--num-epochs", "6", "--train-val-split", "0.6", "--neighbours",
