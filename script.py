@@ -868,6 +868,11 @@ def check_not_read(folder: Path, written: Iterable[str], read: Iterable[Path]) -
                                  "under another name")
 
 
+def run_files(config: Config) -> set[str]:
+    """The names of all that a run may write into its output folder, or remove there."""
+    return {config.model_file, config.submission_file, *OWN_FILES}
+
+
 def output_folder(config: Config) -> Path:
     """The output folder, made if need be; raises DataError before any work if it cannot be written to."""
     folder = Path(config.output_dir)
@@ -954,6 +959,13 @@ def input_files(config: Config) -> list[Path]:
     beside = [table.with_name(name) for table in tables for name in ("classes.csv", "sample_submission.csv")]
     networks = [*[Path(config.weights)] * bool(config.weights), *teacher_files(config)]
     return [*(Path(config.data_dir, name) for name in (*tables, *beside)), *networks]
+
+
+def check_images_stay(config: Config, table: Table, written: set[str]) -> None:
+    """Raise UsageError where an image of a table is one of the files to be written into the output folder."""
+    if table.pixels is None:
+        names, root = table.rows.image_path, Path(config.data_dir, config.root_dir)
+        check_not_read(Path(config.output_dir), written, map(root.joinpath, names[names.str.endswith(tuple(written))]))
 
 
 def path_faults(names: pd.Series, root: Path) -> dict[int, str]:
@@ -1669,13 +1681,9 @@ def load_images(table: Table, config: Config, statistics: ImageStatistics) -> np
 def load_all_images(tables: list[Table], config: Config, statistics: ImageStatistics) -> list[np.ndarray]:
     """The images of every table, uint8 [N, 1, size, size] each.
 
-    Raises DataError listing the first ten bad ones; if they are to be skipped, they are listed and stay blank. Raises
-    UsageError for an image that stands where a run writes a file.
+    Raises DataError listing the first ten bad ones; if they are to be skipped, they are listed and stay blank.
     """
     root = Path(config.data_dir, config.root_dir)
-    written = {config.model_file, config.submission_file, *OWN_FILES, *EVALUATION_FILES}
-    for names in (table.rows.image_path for table in tables if table.pixels is None):
-        check_not_read(Path(config.output_dir), written, map(root.joinpath, names[names.str.endswith(tuple(written))]))
     if not root.is_dir() and any(table.pixels is None for table in tables):
         raise DataError(f"{root}: no such folder; name the images' folder with --root-dir")
     loaded = [load_images(table, config, statistics) for table in tables]
@@ -3516,11 +3524,9 @@ def teacher_files(config: Config) -> list[Path]:
 
 def teacher_digests(config: Config) -> list[str]:
     """What tells the config's teachers from others. Raises DataError for a file that is not a whole checkpoint."""
-    digests = []
     for path in teacher_files(config):
         load_checkpoint(path)
-        digests.append(digest(read_content(path)))
-    return digests
+    return [read_data(path)["sha256"] for path in teacher_files(config)]
 
 
 def ask_teachers(config: Config, data: TrainingData, runtime: Runtime) -> Tensor | None:
@@ -3562,7 +3568,7 @@ def check_teacher(teacher: Member, config: Config, data: TrainingData, tables: l
 
 def check_same_table(trained: Trained | Member, table: Table) -> None:
     """Raise DataError for a table that a network was not trained on, since others of its rows were held out."""
-    name = trained.path if isinstance(trained, Member) else "the checkpoint"
+    name = getattr(trained, "path", "the checkpoint")
     if not trained.labels:
         warn(f"{name}: an earlier version's, which does not tell whether it was trained on {table.path} as that is now")
     elif trained.labels != digest_of_labels(table.rows.label):
@@ -4041,6 +4047,9 @@ def check_validation(config: Config, val_rows: np.ndarray) -> None:
 def read_everything(config: Config, runtime: Runtime) -> tuple[Config, TrainingData, Table, MathSymbolDataset]:
     """The complete config, the training data, the test table and its images."""
     (train_table, *extra_tables), test_table = labelled_tables(config), read_test_table(config)
+    extra = [(table, extra_settings(config)) for table in extra_tables]
+    for table, own in [(train_table, config), (test_table, config), *extra]:
+        check_images_stay(own, table, run_files(config))
     classes = sort_classes(pd.concat([table.rows.label for table in (train_table, *extra_tables)]))
     targets = class_numbers(train_table.rows.label, classes)
     check_sample_submission(config, test_table, classes)
@@ -4086,7 +4095,7 @@ class Task:
 def run(config: Config, started: float, stops: StopSignals) -> None:
     """Train, predict, write the submission; or go on with it where an earlier process was stopped."""
     for own in (config, *(fold_config(config, fold) for fold in range(config.folds))):
-        check_not_read(Path(own.output_dir), {own.model_file, own.submission_file, *OWN_FILES}, input_files(own))
+        check_not_read(Path(own.output_dir), run_files(own), input_files(own))
     _, runtime = output_folder(config), start_runtime(config)
     symbols = read_symbols(config)
     print(f"device {runtime.describe()}")
@@ -4327,6 +4336,7 @@ def predict_command(config: Config, checkpoints: list[str], started: float) -> N
     written = [config.submission_file, *[TEST_PROBABILITIES] * config.save_probabilities]
     check_not_read(Path(config.output_dir), written, [*input_files(config), *map(Path, checkpoints)])
     folder, table = output_folder(config), read_test_table(config)
+    check_images_stay(config, table, set(written))
     members, runtime = choose_members(config, checkpoints, table)
     classes = members[0].classes
     check_sample_submission(config, table, classes)
@@ -4349,6 +4359,7 @@ def evaluate_command(config: Config, checkpoints: list[str], started: float) -> 
     check_not_read(Path(config.output_dir), EVALUATION_FILES, [*input_files(config), *map(Path, checkpoints)])
     folder, (members, runtime) = output_folder(config), choose_members(config, checkpoints)
     table, classes = open_table(config, test_table_name(config), "label", "test"), members[0].classes
+    check_images_stay(config, table, EVALUATION_FILES)
     unknown = table.rows.index[~table.rows.label.isin(classes)]
     if len(unknown):
         raise DataError(f"{table.path}, row {unknown[0]}: label {table.rows.label[unknown[0]]!r} is none of the "
