@@ -1,25 +1,31 @@
-"""Validation figures of trained networks, one by one and averaged.
+"""Score trained networks on their validation rows, one by one and averaged.
 
-    python -m benchmarks.ensemble a.pth b.pth c.pth --data-dir COMPETITION [--cache-dir DIR] [--alone]
+    python -m benchmarks.ensemble a.pth b.pth c.pth [--data-dir COMPETITION] [--cache-dir DIR] [--alone]
 
-The networks share `split_seed`, so that none was trained on the rows that it is scored on. The mean is the one that
-`script.py predict a.pth b.pth c.pth` submits; with `--alone` the networks' neighbours do not vote.
+The networks must share their validation rows, so that none was trained on the rows that it is scored on. The mean is
+the one that `script.py predict a.pth b.pth c.pth` submits; with `--alone` it is without the nearest-neighbour votes.
 """
 
 import sys
+from pathlib import Path
 
 import numpy as np
 
-import script
-from benchmarks import arguments
+from pipeline.metrics import score
+from pipeline.signals import exit_status
+from tools.common import OF_CHECKPOINT, make_parser, open_validation, predict_each
 
 
 def main() -> None:
-    given = arguments.of_checkpoints(__doc__, several=True)
-    members = script.look_at_members(given.checkpoints)
-    config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir)
-    runtime = script.runtime_of(members, config)
-    question, targets = script.validation_question(members, config, runtime)
+    """Print a row for each network and for their mean."""
+    parser = make_parser("benchmarks.ensemble", __doc__, "cache_dir", **OF_CHECKPOINT)
+    parser.add_argument("checkpoints", type=Path, nargs="+", help="checkpoints of script.py")
+    parser.add_argument("--alone", action="store_true", help="leave the nearest-neighbour votes out")
+    given = parser.parse_args()
+    networks, datasets = open_validation(given.checkpoints, given)
+    targets = datasets[0].targets
+    if given.alone:
+        networks = [network.without_knn for network in networks]
     kinds = "accuracy", "top3_accuracy", "class_accuracy", "loss"
     print(f"{len(targets):,} validation rows\n| network | seed | accuracy | top 3 | per class | loss |"
           "\n|---|--:|--:|--:|--:|--:|")
@@ -29,16 +35,17 @@ def main() -> None:
               + f" | {figures[3]:.4f} |", flush=True)
 
     singles, total = [], 0
-    for member, probabilities in zip(members, script.ask_members(members, question, given.alone)):
-        figures, total = script.score(probabilities, targets), total + probabilities
+    each = zip(given.checkpoints, networks, predict_each(networks, datasets))
+    for path, network, probabilities in each:
+        figures, total = score(probabilities, targets), total + probabilities
         singles.append([figures[f"val_{kind}"] for kind in kinds])
-        show(member.path, member.config.seed, singles[-1])
-    together = script.score(total / len(members), targets)
+        show(path, network.config.seed, singles[-1])
+    together = score(total / len(networks), targets)
     show("mean of the figures", "", np.mean(singles, axis=0))
     show("mean of the probabilities", "", [together[f"val_{kind}"] for kind in kinds])
     gain = together["val_accuracy"] - np.mean(singles, axis=0)[0]
-    print(f"averaging {len(members)} networks gains {100 * gain:+.2f} points over their mean")
+    print(f"averaging {len(networks)} networks gains {100 * gain:+.2f} points over their mean")
 
 
 if __name__ == "__main__":
-    sys.exit(script.exit_status(lambda _: main(), "the table is not whole"))
+    sys.exit(exit_status(lambda _: main(), "the table is not complete"))

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# All figures that need a GPU, in one run of at most ten minutes; one table at the end. What there is no time for is said.
+# Measure all figures that need a GPU in one run of at most ten minutes, and print one table at the end. Figures for which
+# no time was left are listed as not measured.
 #
 #     benchmarks/gpu.sh COMPETITION [PYTHON]
 #
-# COMPETITION is the folder of the whole competition. Measures the whole command, cold, with its default network, and at
-# the images' own 32 pixels in batches of 1,024; training speed beside the reference; the light network; the default
-# network with two other seeds, and the average of the three.
+# COMPETITION is the folder of the whole competition. Measured are the whole command with an empty cache, with its default
+# network and at 32 pixels in batches of 1,024; the training speed beside the reference; the light network; the default
+# network with two other seeds; and the average of the three.
 set -euo pipefail
 competition=$(realpath "$1")
 python=$(realpath -s "$(command -v "${2:-python3}")")
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)
-export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # several would share the batches of what is measured
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES:-0}  # several GPUs would share each batch
 trap 'rm -rf "$folder"' EXIT
-deadline=$((SECONDS + 570))  # of ten minutes: the table takes some seconds too
+deadline=$((SECONDS + 570))  # ten minutes without the seconds that the table takes
 
-# measure NAME MODULE ARGUMENT...: run a benchmark in what is left of the ten minutes; its last lines go to the table.
+# measure NAME MODULE ARGUMENT...: run a benchmark in the time that is left, and add its last lines to the table.
 measure() {
     local name=$1 left=$((deadline - SECONDS)) status=0
     shift
@@ -35,7 +36,7 @@ measure() {
     } | sed "s/^ */$name|/" >>"$folder/table"
 }
 
-# resnet SEED: the whole command with the default network, whose checkpoint is kept for the average.
+# resnet SEED: the whole command with the default network, keeping its checkpoint for the average.
 resnet() {
     measure "resnet, seed $1" time_to_accuracy --data-dir "$competition" --model resnet --seed "$1" \
         --output-dir "$folder/resnet$1"
@@ -59,7 +60,7 @@ measure "resnet, three averaged" ensemble "$folder"/resnet{0,1,2}/best_model.pth
     --cache-dir "$folder/cache"
 
 echo
-nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null || echo "no NVIDIA GPU: another device's figures"
+nvidia-smi --query-gpu=name,memory.total --format=csv,noheader 2>/dev/null || echo "no NVIDIA GPU: the figures are of another device"
 "$python" -c 'import torch, platform; print("torch", torch.__version__, "python", platform.python_version())' || true
 echo "| what | figure |"
 echo "|---|---|"

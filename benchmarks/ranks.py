@@ -1,13 +1,12 @@
-"""Training speed of the ranks that torchrun starts beside that of `python script.py` alone, on the same cores.
+"""Compare the training speed of the ranks that torchrun starts with `python script.py` alone, on the same cores.
 
     python -m benchmarks.ranks --data-dir COMPETITION --nproc-per-node 2 [any flag of script.py]
 
-Both train the light network on the same part of the training rows (`--rows`) and with all of this machine's cores,
-one after the other, `--rounds` times. Prints the images a second of each epoch but the first, as the real command
-prints them, and the median ratio over the rounds.
+Both train the light network on the same part of the training rows (`--rows`) and on all of this machine's cores, one
+after the other, `--rounds` times. Prints the images per second of each epoch but the first, as the real command prints
+them, and the median ratio of the rounds.
 """
 
-import argparse
 import os
 import re
 import statistics
@@ -19,12 +18,13 @@ from pathlib import Path
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-SCRIPT = Path(__file__).resolve().parent.parent / "script.py"
+from tools.common import SCRIPT, make_parser
+
 RATE = re.compile(r"^epoch .* ([0-9,]+) images/s", re.MULTILINE)
 
 
-def part_of(data: Path, folder: Path, rows: int) -> None:
-    """Write a competition of so many labelled rows, with the same images."""
+def write_part(data: Path, folder: Path, rows: int) -> None:
+    """Write the tables of a smaller competition, of so many labelled rows, with the same images."""
     table = pd.read_csv(data / "train.csv", dtype=str, na_filter=False)
     part = train_test_split(table, train_size=rows, random_state=0, stratify=table.label)[0]
     part.to_csv(folder / "train.csv", index=False)
@@ -32,7 +32,7 @@ def part_of(data: Path, folder: Path, rows: int) -> None:
 
 
 def rates(launcher: list[str], flags: list[str], threads: int) -> list[float]:
-    """Images a second of each epoch but the first; stops the benchmark where the command fails."""
+    """Return the images per second of each epoch but the first. Exits if the command fails."""
     done = subprocess.run([*launcher, str(SCRIPT), *flags], stdout=subprocess.PIPE, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": str(threads)})
     if done.returncode:
@@ -41,8 +41,8 @@ def rates(launcher: list[str], flags: list[str], threads: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, required=True)
+    """Measure and print a row per round."""
+    parser = make_parser("benchmarks.ranks", __doc__, "data_dir", "root_dir")
     parser.add_argument("--nproc-per-node", type=int, default=2)
     parser.add_argument("--rows", type=int, default=8000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -52,9 +52,9 @@ def main() -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     ratios = []
     with tempfile.TemporaryDirectory() as name:
-        part_of(given.data_dir, Path(name), given.rows)
-        common = ["--data-dir", name, "--root-dir", str(given.data_dir.resolve() / "Dataset_Image"), "--cache-dir",
-                  name, "--model", "cnn", "--num-epochs", "3", "--neighbours", "0", "--no-pictures", "--no-resume",
+        write_part(Path(given.data_dir), Path(name), given.rows)
+        common = ["--data-dir", name, "--root-dir", str(Path(given.data_dir, given.root_dir).resolve()), "--cache-dir",
+                  name, "--model", "cnn", "--num-epochs", "3", "--knn-neighbors", "0", "--no-pictures", "--no-resume",
                   "--output-dir", str(Path(name, "out")), *flags]
         print(f"| round | alone, {cores} threads, images/s | {ranks} ranks, {max(cores // ranks, 1)} threads each | "
               "ratio |\n|--:|--:|--:|--:|")

@@ -1,14 +1,14 @@
-"""Training images a second: script.py beside a reference written as its forerunners describe theirs, in one run.
+"""Compare the training speed of script.py with a reference loop like those that it grew out of, in one run.
 
     python -m benchmarks.throughput --data-dir COMPETITION [--models resnet cnn] [--rounds 3] [--seconds 20]
 
-The reference decodes every image with Pillow and changes it with torchvision's transforms, one by one, in the workers
-of a DataLoader; it trains in float32, in batches of 32, with mixup, Adam and gradient clipping, and asks for the loss
-and the hits after every step. Ours trains by its recipe, in the precision that the device offers, with the `classic`
-preset's augmentation, which is the reference's, and with mixup. Both train the same network at the same size on images
-of the same competition. The two sides alternate, and so does a product of square matrices in our precision, the
-machine's own peak, of which the share is told: operations of a training step's convolutions and matrices, as torch
-counts them, against those of the product.
+The reference decodes every image with Pillow and augments it with torchvision's transforms, one by one, in the workers
+of a DataLoader; it trains in float32, in batches of 32, with mixup, Adam and gradient clipping, and reads the loss and
+the number of correct answers after every step. Ours trains by its recipe, in the best precision of the device, with the
+augmentation of the `classic` preset, which is the reference's, and with mixup. Both train the same network at the same
+size on images of the same competition. The two sides alternate, with products of square matrices in our precision
+between them: the machine's peak. Ours is reported as a share of it, by the operations of a training step as torch
+counts them.
 """
 
 import argparse
@@ -28,10 +28,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 
 import script
+from pipeline.device import Runtime, start_runtime
+from pipeline.optim import epoch_batches
+from pipeline.presets import PRESETS
+from pipeline.signals import exit_status
+from pipeline.tables import read_train_table
+from tools.common import make_parser, train_step
 
 
 class ReferenceDataset(Dataset):
-    """Images decoded and changed one by one, when they are asked for."""
+    """Decodes and augments images one by one."""
 
     def __init__(self, paths: list[str], targets: np.ndarray, size: int):
         self.paths, self.targets = paths, targets
@@ -49,19 +55,20 @@ class ReferenceDataset(Dataset):
 
 
 class Reference:
-    """The forerunners' loop."""
+    """The reference's training loop."""
 
-    def __init__(self, config: script.Config, data: script.TrainingData, paths: list[str], runtime: script.Runtime):
-        self.device = runtime.device
+    def __init__(self, config: script.Config, data: script.CompetitionData, paths: list[str]):
+        self.device = data.dataset.runtime.device
         self.model = script.build_model(config, len(data.classes)).to(self.device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-4, weight_decay=2e-5)
         workers = min(4, len(os.sched_getaffinity(0)))
-        self.loader = DataLoader(ReferenceDataset(paths, data.targets, config.image_size), batch_size=32, shuffle=True,
-                                 num_workers=workers, pin_memory=self.device.type == "cuda", drop_last=True)
+        dataset = ReferenceDataset(paths, data.dataset.targets, config.image_size)
+        self.loader = DataLoader(dataset, batch_size=32, shuffle=True, num_workers=workers,
+                                 pin_memory=self.device.type == "cuda", drop_last=True)
         self.batches = itertools.chain.from_iterable(itertools.repeat(self.loader))  # epoch after epoch
 
     def run(self, steps: int) -> int:
-        """Train so many steps; gives the number of images."""
+        """Train so many steps. Return the number of images."""
         self.model.train()
         for _ in range(steps):
             images, classes = (part.to(self.device) for part in next(self.batches))
@@ -77,42 +84,44 @@ class Reference:
 
 
 class Ours:
-    """script.py's own step, on its own batches."""
+    """The training step of script.py, on its own batches."""
 
-    def __init__(self, config: script.Config, data: script.TrainingData, runtime: script.Runtime):
-        model = script.start_model(config, data, runtime)
-        self.learner, self.data, self.place = script.Learner(config, model, len(data.classes), runtime), data, 0
-        steps = script.epoch_steps(data.train_rows, config, 1)
-        self.steps = [rows for rows in steps if len(rows) == len(steps[0])]  # another size is tuned and compiled anew
-        self.learner.model.train()
+    def __init__(self, config: script.Config, data: script.CompetitionData):
+        self.data, self.step = data, 0
+        batches = epoch_batches(data.split.train_rows, config.batch_size, config.seed, 1)
+        # Batches of another size are tuned and compiled again.
+        self.batches = [rows for rows in batches if len(rows) == len(batches[0])]
+        model = script.start_model(config, data)
+        self.trainer = script.Trainer(config, model, data.dataset.runtime, len(batches[0]))
+        self.trainer.model.train()
 
     def run(self, steps: int) -> int:
-        """Train so many steps; gives the number of images."""
+        """Train so many steps. Return the number of images."""
         images = 0
         for _ in range(steps):
-            rows = self.steps[self.place % len(self.steps)]
-            self.learner.learn(self.data.batch(rows), 1, 0.5)
-            self.place, images = self.place + 1, images + len(rows)
+            rows = self.batches[self.step % len(self.batches)]
+            train_step(self.trainer, self.data.dataset, rows, self.step)
+            self.step, images = self.step + 1, images + len(rows)
         return images
 
 
 class Peak:
     """Products of square matrices in our precision."""
 
-    def __init__(self, runtime: script.Runtime):
+    def __init__(self, runtime: Runtime):
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(runtime.precision, torch.float32)
         self.size = 2048 if runtime.device.type == "cpu" else 8192
         self.matrices = [torch.randn(self.size, self.size, device=runtime.device).to(dtype) for _ in range(2)]
 
     def run(self, steps: int) -> int:
-        """Multiply so often; gives the number of products."""
+        """Multiply so many times. Return the number of products."""
         for _ in range(steps):
             self.matrices[0] @ self.matrices[1]
         return steps
 
 
-def rate(side: Ours | Reference | Peak, seconds: float, runtime: script.Runtime) -> float:
-    """Images, or products, a second, over about so many seconds; the device's work included, the warm-up not."""
+def rate(side: Ours | Reference | Peak, seconds: float, runtime: Runtime) -> float:
+    """Return the images (or products) per second, over about so many seconds after a warm-up."""
     def timed(steps: int) -> tuple[int, float]:
         started = time.perf_counter()
         done = side.run(steps)
@@ -127,7 +136,7 @@ def rate(side: Ours | Reference | Peak, seconds: float, runtime: script.Runtime)
 
 
 def operations_per_image(config: script.Config, classes: int) -> float:
-    """Floating-point operations of one image's way forward and back, as torch counts them."""
+    """Return the floating-point operations of one image's forward and backward pass, as torch counts them."""
     model = script.build_model(config, classes)
     with FlopCounterMode(display=False) as counter:
         model(torch.rand(2, 1, config.image_size, config.image_size)).sum().backward()
@@ -136,19 +145,19 @@ def operations_per_image(config: script.Config, classes: int) -> float:
 
 def compare(model: str, given: argparse.Namespace) -> None:
     """Measure one network on both sides and print the rounds and their medians."""
-    classic = {name: script.PRESETS["classic"][name] for name in (
+    classic = {name: PRESETS["classic"][name] for name in (
         "rotation", "scale", "shear", "shift", "perspective", "elastic", "brightness", "contrast", "erasing",
         "image_size", "mixup")}
     config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir, model=model,
                            batch_size=given.batch_size or None, compile=given.compile, **classic)
-    runtime = script.start_runtime(config)
+    runtime = start_runtime()
     with contextlib.redirect_stdout(io.StringIO()):
-        config, data, *_ = script.prepare_data(config, runtime)
-    names = script.read_train_table(config).rows.image_path
-    paths = [os.path.join(config.data_dir, config.root_dir, name) for name in names]
-    ours, reference, peak = Ours(config, data, runtime), Reference(config, data, paths, runtime), Peak(runtime)
+        config, data = script.prepare_data(config, runtime)
+    names = read_train_table(config.train_source).rows.image_path
+    paths = [os.path.join(config.train_source.image_root, name) for name in names]
+    ours, reference, peak = Ours(config, data), Reference(config, data, paths), Peak(runtime)
     operations = operations_per_image(config, len(data.classes))
-    print(f"{model} at {config.image_size} pixels, {operations / 1e9:.2f} GFLOP an image\n"
+    print(f"{model} at {config.image_size} pixels, {operations / 1e9:.2f} GFLOP per image\n"
           f"  ours: {runtime.describe()}, batch {config.batch_size}{', compiled' if config.compile else ''}\n"
           f"  reference: float32, batch 32, {reference.loader.num_workers} workers", flush=True)
     rounds = []
@@ -164,11 +173,10 @@ def compare(model: str, given: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", required=True)
-    parser.add_argument("--cache-dir", default="")
+    """Compare each network."""
+    parser = make_parser("benchmarks.throughput", __doc__, "data_dir", "cache_dir")
     parser.add_argument("--models", nargs="+", default=["resnet", "cnn"], choices=list(script.MODELS))
-    parser.add_argument("--batch-size", type=int, default=0, help="ours (default: the recipe's)")
+    parser.add_argument("--batch-size", type=int, default=0, help="of ours (0: the recipe's)")
     parser.add_argument("--compile", action="store_true", help="ours: torch.compile the network")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=20, help="of each side in each round")
@@ -178,4 +186,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(script.exit_status(lambda _: main(), "the table is not whole"))
+    sys.exit(exit_status(lambda _: main(), "the table is not complete"))

@@ -1,4 +1,4 @@
-"""What the tests share: a small competition drawn on the spot, and the real command."""
+"""Fixtures of all tests: a small drawn competition, and the real command."""
 
 import os
 import subprocess
@@ -13,15 +13,15 @@ from PIL import Image, ImageDraw
 REPOSITORY = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPOSITORY))
 
-# Of tests and the commands that they start: networks as small as these are no faster on several threads, and much
-# slower where other tests run beside them. To be set before torch is imported.
+# For tests and the commands that they start, set before torch is imported: networks as small as these are no faster on
+# several threads, and much slower beside other tests.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CLASSES = ["3", "17", "40", "101", "1400"]  # gaps, as in the real competition
 
 
 def draw_shape(kind: int, rng: np.random.Generator) -> Image.Image:
-    """A bar, a beam, a cross, a ring or a slash, black on white, somewhere near the middle of 32x32."""
+    """Return a vertical or horizontal line, a cross, a ring or a slash, black on white, 32x32, near the middle."""
     image = Image.new("L", (32, 32), 255)
     pen = ImageDraw.Draw(image)
     x, y, reach, width = rng.integers(13, 19), rng.integers(13, 19), rng.integers(8, 12), int(rng.integers(2, 4))
@@ -37,7 +37,7 @@ def draw_shape(kind: int, rng: np.random.Generator) -> Image.Image:
 
 
 def make_competition(folder: Path, train_rows: int = 100, test_rows: int = 30, classes: list[str] = CLASSES) -> Path:
-    """Write a competition folder whose test.csv has the real one's columns; kinds go round, file names are shuffled."""
+    """Write a competition folder with the columns of the real one. Classes alternate by row, file names are random."""
     rng = np.random.default_rng(5)
     (folder / "Dataset_Image" / "data").mkdir(parents=True)
     numbers = rng.permutation(train_rows + test_rows)
@@ -53,11 +53,12 @@ def make_competition(folder: Path, train_rows: int = 100, test_rows: int = 30, c
 
 @pytest.fixture
 def competition(tmp_path: Path) -> Path:
+    """Return the folder of a small competition."""
     return make_competition(tmp_path / "competition")
 
 
 def make_pixel_competition(folder: Path, train_rows: int = 60, test_rows: int = 20, side: int = 12) -> Path:
-    """The same shapes as Kaggle's digits come: white on black, a column a pixel, the test table without ids."""
+    """Write the same shapes like Kaggle's digits: white on black, one column per pixel, a test table without ids."""
     rng = np.random.default_rng(5)
     folder.mkdir(parents=True)
     for name, rows in (("train.csv", train_rows), ("test.csv", test_rows)):
@@ -73,12 +74,13 @@ QUICK = ["--num-epochs", "2", "--batch-size", "16", "--image-size", "16", "--no-
 
 
 class Command:
-    """`python script.py` on a competition folder, with everything that it writes below one folder."""
+    """`python script.py` on a competition folder, with an output and a cache folder of its own."""
 
     def __init__(self, data: Path, output: Path, cache: Path):
         self.data, self.output, self.cache = data, output, cache
 
     def arguments(self, *arguments: str) -> list[str]:
+        """Return the arguments with those that name the folders and the CPU."""
         return ["--data-dir", str(self.data), "--output-dir", str(self.output), "--cache-dir", str(self.cache),
                 "--device", "cpu", *arguments]
 
@@ -89,17 +91,19 @@ class Command:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **options)
 
     def submission(self) -> pd.DataFrame:
+        """Return the written submission, every cell as text."""
         return pd.read_csv(self.output / "submission.csv", dtype=str, na_filter=False)
 
 
 @pytest.fixture
 def command(competition: Path, tmp_path: Path) -> Command:
+    """Return the command on that competition."""
     return Command(competition, tmp_path / "out", tmp_path / "cache")
 
 
 @pytest.fixture
 def main_in_process(command: Command, capsys):
-    """The command line without the price of a new process: gives status, stdout and stderr."""
+    """Return a function that runs the command line in this process and returns status, stdout and stderr."""
     import script
 
     def call(*arguments: str) -> tuple[int, str, str]:

@@ -1,16 +1,17 @@
-"""One rank of several, as torchrun starts them: imported by test_ranks.py and run in forked processes."""
+"""One rank of several, as torchrun starts them: imported by test_distributed.py and run in forked processes."""
 
 import os
 
 import numpy as np
 import victim  # which imports script and what is slow to import
-from torch import nn
+from torch import Tensor, nn
 
 import script
+from script import Trainer
 
 
 def freeze_batch_norm() -> None:
-    """Let batch norm keep its statistics: what it learns from a rank's part is not what it learns from all."""
+    """Let batch norm keep its initial statistics: those of a rank's part of a batch are not those of the batch."""
     start = script.start_model
 
     def start_model(*arguments, **options) -> nn.Module:
@@ -18,44 +19,45 @@ def freeze_batch_norm() -> None:
         for layer in model.modules():
             if isinstance(layer, nn.modules.batchnorm._BatchNorm):
                 layer.eval()
-                layer.train = layer.requires_grad_  # has no say over it
+                layer.train = layer.requires_grad_  # train() leaves its mode as it is
         return model
 
     script.start_model = start_model
 
 
-def record_losses(path: str) -> None:
-    """Write each step's loss, summed over all images of all ranks, to a file."""
-    learn, losses = script.Learner.learn, []
+def record_steps(path: str, rank: int) -> None:
+    """Save each step's loss, correct answers and images over all ranks, and this rank's first inputs."""
+    training_step, sums, inputs = Trainer.training_step, [], []
 
-    def recording(self, *arguments) -> script.Tensor:
-        totals = learn(self, *arguments)
-        losses.append(self.runtime.ranks.add(totals.double()).tolist())
-        if self.runtime.ranks.rank == 0:
-            np.save(path, losses)
-        return totals
+    def recording(self, images: Tensor, *arguments, **options) -> Tensor:
+        own = training_step(self, images, *arguments, **options)
+        sums.append(self.runtime.ranks.all_reduce_sum(own.double()).tolist())
+        if len(inputs) < 3:
+            inputs.append(images.numpy())
+        np.savez(f"{path}.{rank}.npz", sums=sums, **{f"inputs{step}": batch for step, batch in enumerate(inputs)})
+        return own
 
-    script.Learner.learn = recording
+    Trainer.training_step = recording
 
 
 def signal_at(step: int, number: int) -> None:
-    """Send this process a signal after so many steps."""
-    learn, done = script.Learner.learn, []
+    """Send this process a signal before a step, counted from 1."""
+    training_step, done = Trainer.training_step, []
 
-    def counting(self, *arguments) -> script.Tensor:
+    def counting(self, *arguments, **options) -> Tensor:
         done.append(None)
         if len(done) == step:
             os.kill(os.getpid(), number)
-        return learn(self, *arguments)
+        return training_step(self, *arguments, **options)
 
-    script.Learner.learn = counting
+    Trainer.training_step = counting
 
 
-def live(rank: int, count: int, port: int, arguments: list[str], log: str, frozen: bool = False, losses: str = "",
+def live(rank: int, count: int, port: int, arguments: list[str], log: str, frozen: bool = False, record: str = "",
          stop: tuple[int, int, int] | None = None, keep: bool = False) -> None:
-    """What the process does: the command line as rank so-and-so, with stdout and stderr in a file; of 0 ranks: alone.
+    """Run the command line as a rank of `count` (0: without torchrun), with stdout and stderr in a file.
 
-    `stop` is a rank, a step and a signal that it gets there.
+    `stop` is a rank, a step and the signal that it gets there; `keep` leaves last.pth in place at the end.
     """
     victim.write_to(log)
     if count:
@@ -63,8 +65,8 @@ def live(rank: int, count: int, port: int, arguments: list[str], log: str, froze
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="test")
     if frozen:
         freeze_batch_norm()
-    if losses:
-        record_losses(losses)
+    if record:
+        record_steps(record, rank)
     if stop and stop[0] == rank:
         signal_at(*stop[1:])
     victim.finish(arguments, keep)

@@ -1,4 +1,4 @@
-"""benchmarks/: what they print is read from the real lines, and each runs to its end on a small competition."""
+"""benchmarks/: they read the lines of the real command, and each runs to its end on a small competition."""
 
 import re
 import subprocess
@@ -12,12 +12,14 @@ from conftest import QUICK, REPOSITORY
 
 import script
 from benchmarks import digits, recipes, time_to_accuracy
+from pipeline.errors import UsageError
+from pipeline.metrics import describe_epoch
 
 
 def test_an_epochs_line_is_read():
     row = {"epoch": 3, "train_loss": 1.0, "train_accuracy": 0.5, "val_loss": 0.61, "val_accuracy": 0.8512,
            "val_top3_accuracy": 0.97, "val_class_accuracy": 0.74, "learning_rate": 1e-3, "seconds": 12.5}
-    found = time_to_accuracy.EPOCH.match(script.describe_epoch(row, 20, 1234.5))
+    found = time_to_accuracy.EPOCH.match(describe_epoch(row, 20, 1234.5))
     assert found and (found[1], found[2]) == ("85.12", "12.5")
     assert not time_to_accuracy.EPOCH.match("epoch 1/2  train loss 1.0 accuracy 50.00%  lr 1.0e-03  3.0 s  12 images/s")
 
@@ -38,7 +40,7 @@ def test_recipes_are_compared_seed_by_seed():
                                                               ("", 1, 0.84), ("--mixup", 1, 0.85)]])
     lines = recipes.describe(results).splitlines()
     assert lines[2].startswith("| (defaults) | 2 | 82.00 ± 2.83 | 0.00 ± 0.00 |")
-    assert lines[3].startswith("| `--mixup` | 2 | 83.00 ± 2.83 | 1.00 ± 0.00 |")  # the seeds' spread is not the gain's
+    assert lines[3].startswith("| `--mixup` | 2 | 83.00 ± 2.83 | 1.00 ± 0.00 |")  # paired by seed
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def trained(tmp_path_factory) -> tuple[Path, Path, list[str]]:
 
 
 def benchmark(name: str, *arguments: str) -> str:
-    """What a benchmark prints."""
+    """Run a benchmark and return what it prints."""
     done = subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *arguments], cwd=REPOSITORY, text=True,
                           capture_output=True, timeout=280)
     assert done.returncode == 0, done.stderr
@@ -83,39 +85,30 @@ def test_ensemble_prints_each_network_and_the_mean(trained):
     ("throughput", ["--models", "cnn", "--rounds", "1", "--seconds", "1"], r"median: ours .* ratio [0-9.]+; \d+% of"),
     ("growth", ["--sizes", "300", "900", "--steps", "5"], r"\| 900 \| [0-9.]+ \| \d+ \|"),
     ("data_path", [], "."),
-    ("memory", QUICK, r"peak [0-9.]+ GB"),
     ("digits", ["--held-out", "50", "--seeds", "0", "1", "--model", "mlp", *QUICK],
      r"probabilities averaged \| [0-9.]+"),
 ])
 def test_a_benchmark_runs_to_its_end(trained, name, arguments, expected):
     data, cache, _ = trained
-    keep = [] if name in ("time_to_accuracy", "data_path") else ["--cache-dir", str(cache)]
-    assert re.search(expected, benchmark(name, "--data-dir", str(data), *keep, *arguments))
+    cached = [] if name in ("time_to_accuracy", "data_path") else ["--cache-dir", str(cache)]
+    assert re.search(expected, benchmark(name, "--data-dir", str(data), *cached, *arguments))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "expected"), [("soften", "soften 0.2 "), ("neighbours", "30 neighbours, share 0.2 "),
-                                              ("views", "views 9 ")])
-def test_a_benchmark_of_a_checkpoint_runs_to_its_end(trained, name, expected):
-    data, cache, checkpoints = trained
-    assert expected in benchmark(name, checkpoints[0], "--data-dir", str(data), "--cache-dir", str(cache))
-
-
-@pytest.mark.slow
-def test_digits_stay_in_their_folder_and_are_trained_once(trained, tmp_path):
+def test_digits_in_an_output_folder_are_trained_once(trained, tmp_path):
     data, *_ = trained
-    command = ["digits", "--data-dir", str(data), "--held-out", "50", "--model", "mlp", "--folder", str(tmp_path)]
+    command = ["digits", "--data-dir", str(data), "--held-out", "50", "--model", "mlp", "--output-dir", str(tmp_path)]
     first = benchmark(*command, *QUICK)
     written = (tmp_path / "seed0" / "best_model.pth").stat().st_mtime_ns
     assert benchmark(*command, *QUICK) == first
     assert (tmp_path / "seed0" / "best_model.pth").stat().st_mtime_ns == written
-    for other in (["--no-augment"], ["--held-out-seed", "1"]):  # which would be judged on what it was trained on
+    for other in (["--no-augment"], ["--held-out-seed", "1"]):  # it would be scored on rows that it was trained on
         with pytest.raises(AssertionError, match=r"holds a network of other flags|train.csv: holds other rows"):
             benchmark(*command, *QUICK, *other)
 
 
 def test_the_gpu_run_ends_in_a_table_whatever_fails(tmp_path):
-    """With a stand-in for Python, which prints what the benchmarks print and fails in one of them."""
+    """With a stub for Python that prints what the benchmarks print, and fails in two of them."""
     stub = tmp_path / "python"
     stub.write_text("""#!/bin/sh
 case "$2" in
@@ -143,11 +136,11 @@ def test_a_candidate_that_needs_validation_is_refused_before_any_training(traine
     folders = ["--data-dir", str(trained[0]), "--cache-dir", str(trained[1])]
     monkeypatch.setattr(sys, "argv", ["recipes", *folders, "--", "", "--schedule plateau"])
     monkeypatch.setattr(recipes, "train_once", lambda *_: pytest.fail("trains"))
-    with pytest.raises(script.UsageError, match="--schedule plateau and --early-stopping need"):
+    with pytest.raises(UsageError, match="--schedule plateau and --early-stopping need"):
         recipes.main()
 
 
-def test_held_out_digits_are_written_once_and_not_over_others(tmp_path):
+def test_held_out_rows_are_written_once_and_overwrite_no_others(tmp_path):
     table = pd.DataFrame({"label": list("01") * 30, "pixel0": 1})
     table.to_csv(tmp_path / "train.csv", index=False)
     folder = tmp_path / "folder"
@@ -155,7 +148,7 @@ def test_held_out_digits_are_written_once_and_not_over_others(tmp_path):
     paths = digits.hold_out(tmp_path, folder, 10, 0)
     times = [path.stat().st_mtime_ns for path in paths]
     assert digits.hold_out(tmp_path, folder, 10, 0) == paths and times == [path.stat().st_mtime_ns for path in paths]
-    with pytest.raises(SystemExit, match=r"train.csv: holds other rows; name another --folder"):
+    with pytest.raises(SystemExit, match=r"train.csv: holds other rows; name another --output-dir"):
         digits.hold_out(tmp_path, folder, 10, 1)
     with pytest.raises(SystemExit, match="holds other rows"):
         digits.hold_out(tmp_path, tmp_path, 10, 0)  # the data's own folder

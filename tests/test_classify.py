@@ -1,4 +1,4 @@
-"""Single pictures through a trained network: any size, any polarity, and what cannot be read."""
+"""tools/classify.py: pictures of any size and background, and those that cannot be read."""
 
 import re
 import tracemalloc
@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 
 import script
 from tools import classify
+from tools.common import read_picture
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def trained(tmp_path_factory):
     return command
 
 
-def ask(trained, capsys, *words):
+def run_classify(trained, capsys, *words):
     capsys.readouterr()
     status = classify.main([*map(str, words), "--checkpoint", str(trained.output / "best_model.pth")])
     return status, *capsys.readouterr()
@@ -33,36 +34,37 @@ def ask(trained, capsys, *words):
 @pytest.mark.parametrize("change", [
     lambda image: image, lambda image: ImageOps.invert(image), lambda image: image.resize((200, 200)),
     lambda image: image.convert("RGBA"), lambda image: ImageOps.expand(image, (3, 0), 255)])
-def test_any_size_and_polarity_is_answered(trained, tmp_path, capsys, change):
-    rng, hits = np.random.default_rng(9), 0
+def test_any_size_and_background_is_classified(trained, tmp_path, capsys, change):
+    rng, correct = np.random.default_rng(9), 0
     paths = [tmp_path / f"{kind}-{copy}.png" for kind in range(5) for copy in range(4)]
     for path in paths:
         change(draw_shape(int(path.name[0]), rng)).save(path)
-    status, out, error = ask(trained, capsys, *paths, "--top", "2")
+    status, out, error = run_classify(trained, capsys, *paths, "--top", "2")
     assert status == 0 and error == "", error
     answers = re.findall(r"^(\S+\.png)\n +([0-9.]+)%  (\d+)  (\S+)\n +[0-9.]+%  \d+  \S+$", out, re.MULTILINE)
     assert [answer[0] for answer in answers] == list(map(str, paths))
     for path, (_, share, label, latex) in zip(paths, answers):
-        hits += label == CLASSES[int(path.name[0])]
+        correct += label == CLASSES[int(path.name[0])]
         assert 0 < float(share) <= 100 and latex == dict(zip(CLASSES, "|-+")).get(label, latex)
-    assert hits >= 16
+    assert correct >= 16
 
 
 def test_a_drawing_with_wide_margins_is_cut_out(tmp_path):
     page = Image.new("L", (400, 300), 255)
     page.paste(0, (100, 50, 140, 90))
     page.save(tmp_path / "a.png")
-    cut = script.read_picture(tmp_path / "a.png", 20, crop=True)
+    cut = read_picture(tmp_path / "a.png", 20, crop=True)
     assert cut.min() == 255  # the square fills the picture
-    assert 0 < (script.read_picture(tmp_path / "a.png", 20, crop=False) > 127).sum() < 20
+    assert 0 < (read_picture(tmp_path / "a.png", 20, crop=False) > 127).sum() < 20
     Image.new("L", (40, 40), 255).save(tmp_path / "blank.png")
-    assert script.read_picture(tmp_path / "blank.png", 20, crop=True).max() == 0
+    assert read_picture(tmp_path / "blank.png", 20, crop=True).max() == 0
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_answered(trained, tmp_path, capsys):
+def test_unreadable_pictures_are_reported_and_the_others_classified(trained, tmp_path, capsys):
     (tmp_path / "bad.png").write_text("<html>")
     draw_shape(1, np.random.default_rng(0)).save(tmp_path / "good.png")
-    status, out, error = ask(trained, capsys, tmp_path / "bad.png", tmp_path / "good.png", tmp_path / "none.png")
+    paths = [tmp_path / name for name in ("bad.png", "good.png", "none.png")]
+    status, out, error = run_classify(trained, capsys, *paths)
     assert status == 1 and "good.png" in out
     assert error.splitlines() == [f"error: {tmp_path}/bad.png: not an image that Pillow can read",
                                   f"error: {tmp_path}/none.png: no such file or directory"]
@@ -75,6 +77,6 @@ def test_a_drawing_on_a_long_strip_is_cut_out_without_a_square_of_its_length(tmp
     grey[10:30, 30_000:30_020] = 0
     Image.fromarray(grey).save(tmp_path / "strip.png")
     tracemalloc.start()
-    ink = script.read_picture(tmp_path / "strip.png", 16, crop=True)
+    ink = read_picture(tmp_path / "strip.png", 16, crop=True)
     assert tracemalloc.get_traced_memory()[1] < 100e6 and (ink == 255).all()
     tracemalloc.stop()

@@ -1,11 +1,10 @@
-"""Room 11: the real command, end to end, on a small competition whose labels have gaps."""
+"""The commands run, predict and evaluate, end to end, on a small competition whose labels have gaps."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -14,6 +13,7 @@ import torch
 from conftest import CLASSES, QUICK, REPOSITORY, Command, make_competition, make_pixel_competition
 
 import script
+from pipeline.metrics import score
 
 OUTPUTS = {"best_model.pth", "submission.csv", "history.csv", "run.json", "class_accuracy.csv", "val_probabilities.npz"}
 PICTURES = {"class_distribution.png", "samples.png", "curves.png", "confusions.png", "class_accuracy.png",
@@ -22,7 +22,7 @@ PICTURES = {"class_distribution.png", "samples.png", "curves.png", "confusions.p
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One run of the real command that learns its competition, with its output."""
+    """Return the command and the output of one real run that learns its competition."""
     folder = tmp_path_factory.mktemp("finished")
     command = Command(make_competition(folder / "competition"), folder / "out", folder / "cache")
     done = command("--num-epochs", "8", "--batch-size", "16", "--image-size", "16")
@@ -30,10 +30,10 @@ def finished(tmp_path_factory):
     return command, done
 
 
-def test_a_run_writes_everything_and_learns(finished):
+def test_run_writes_everything_and_learns(finished):
     command, done = finished
     assert set(os.listdir(command.output)) == OUTPUTS | PICTURES
-    assert (OUTPUTS | PICTURES) - {"best_model.pth", "submission.csv"} <= script.OWN_FILES  # none may be named so
+    assert (OUTPUTS | PICTURES) - {"best_model.pth", "submission.csv"} <= script.RESERVED_FILES
     test = pd.read_csv(command.data / "test.csv", dtype=str)
     submission = command.submission()
     assert submission.columns.tolist() == ["example_id", "label"]
@@ -45,15 +45,15 @@ def test_a_run_writes_everything_and_learns(finished):
     assert "Traceback" not in done.stderr and done.stderr == ""
 
 
-def test_the_log_says_what_a_person_wants_to_know(finished):
+def test_log_describes_data_model_and_result(finished):
     _, done = finished
-    for text in ("device cpu", "100 labelled images of 5 classes, 20 to 20 a class (imbalance 1.0 to 1)",
+    for text in ("device cpu", "100 labelled images of 5 classes, 20 to 20 per class (imbalance 1.0 to 1)",
                  "model cnn (auto: the choice for cpu)", "MathSymbolCNN, 2.66 million parameters", "black on white",
                  "90 rows to train on, 10 to validate on, 30 to predict", "epoch   8/8", "per class", "total time"):
         assert text in done.stdout, text
 
 
-def test_the_record_holds_settings_versions_and_device(finished):
+def test_run_record_holds_settings_versions_and_device(finished):
     command, _ = finished
     record = json.loads((command.output / "run.json").read_text())
     checkpoint = torch.load(command.output / "best_model.pth", weights_only=True)
@@ -69,12 +69,12 @@ def test_predict_gives_the_same_submission(finished, tmp_path):
     done = again("predict", str(command.output / "best_model.pth"))
     assert done.returncode == 0, done.stderr
     assert again.submission().equals(command.submission())
-    assert "decoded" not in done.stdout  # the run before left them in the cache
+    assert "decoded" not in done.stdout  # the first run left the images in the cache
     twice = again("predict", *[str(command.output / "best_model.pth")] * 2)
     assert "the mean of 2 networks" in twice.stdout and again.submission().equals(command.submission())
 
 
-def test_evaluate_gives_the_runs_own_figures_on_its_validation_rows(finished, tmp_path):
+def test_evaluate_repeats_the_metrics_of_the_validation_rows(finished, tmp_path):
     command, _ = finished
     kept = np.load(command.output / "val_probabilities.npz")
     train = pd.read_csv(command.data / "train.csv", dtype=str)
@@ -86,7 +86,7 @@ def test_evaluate_gives_the_runs_own_figures_on_its_validation_rows(finished, tm
     assert (f"loss {metrics['val_loss']:.4f}, accuracy {metrics['val_accuracy']:.2%}, top 3 "
             f"{metrics['val_top3_accuracy']:.2%}, per class {metrics['val_class_accuracy']:.2%}") in done.stdout
     assert len(kept["rows"]) == 10 and kept["classes"].tolist() == CLASSES
-    figures = script.score(kept["probabilities"], kept["targets"])
+    figures = score(kept["probabilities"], kept["targets"])
     assert figures["val_loss"] == pytest.approx(metrics["val_loss"])
     written = {f"evaluation_{name}" for name in ("class_accuracy.csv", "class_accuracy.png", "confusions.png",
                                                  "predictions.png")}
@@ -96,7 +96,7 @@ def test_evaluate_gives_the_runs_own_figures_on_its_validation_rows(finished, tm
     assert (table.accuracy * table.images).sum() / 10 == pytest.approx(metrics["val_accuracy"])
 
 
-def test_evaluate_refuses_a_label_that_the_network_does_not_know(finished, tmp_path):
+def test_evaluate_refuses_unknown_label(finished, tmp_path):
     command, _ = finished
     train = pd.read_csv(command.data / "train.csv", dtype=str)
     train.loc[3, "label"] = "88"
@@ -104,9 +104,13 @@ def test_evaluate_refuses_a_label_that_the_network_does_not_know(finished, tmp_p
     again = Command(command.data, tmp_path / "out", command.cache)
     done = again("evaluate", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "labelled.csv"))
     assert done.returncode == 1 and "labelled.csv, row 5: label '88' is none of the 5 classes" in done.stderr
+    assert "remove the row" in done.stderr
+    train.drop(index=3).to_csv(tmp_path / "labelled.csv", index=False)
+    done = again("evaluate", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "labelled.csv"))
+    assert done.returncode == 0 and "99 rows of " in done.stdout
 
 
-def test_nothing_of_an_earlier_network_stays_beside_a_new_one(command, main_in_process):
+def test_files_of_an_earlier_run_are_removed(command, main_in_process):
     short = [*QUICK, "--model", "tiny"]
     assert main_in_process(*short, "--save-probabilities", "--pictures")[0] == 0
     assert set(os.listdir(command.output)) >= {"test_probabilities.npz", "val_probabilities.npz", "curves.png"}
@@ -114,8 +118,8 @@ def test_nothing_of_an_earlier_network_stays_beside_a_new_one(command, main_in_p
     assert set(os.listdir(command.output)) == {"best_model.pth", "submission.csv", "history.csv", "run.json"}
 
 
-def test_a_notebooks_cell_runs_it_without_the_kernels_arguments(command):
-    """The text alone, as it is pasted: no file of it is there, and the settings are edited in it."""
+def test_notebook_cell_runs_without_the_arguments_of_its_kernel(command):
+    """The text of script.py is pasted into a cell, with edited settings; pipeline/ is on the path."""
     text = (REPOSITORY / "script.py").read_text()
     for name, value in (("data_dir", str(command.data)), ("output_dir", str(command.output)), ("min_steps", 1),
                         ("cache_dir", str(command.cache)), ("model", "tiny"), ("num_epochs", 1), ("device", "cpu")):
@@ -123,13 +127,14 @@ def test_a_notebooks_cell_runs_it_without_the_kernels_arguments(command):
         assert count == 1
     cell = f"import sys\nsys.argv = ['kernel.py', '-f', 'kernel.json']\n{text}\nprint('the next cell')\n"
     kernel = [sys.executable, "-c", "import sys; exec(compile(sys.stdin.read(), '<cell>', 'exec'))"]
-    done = subprocess.run(kernel, input=cell, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(kernel, input=cell, capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0 and done.stdout.endswith("the next cell\n"), done.stderr
     assert len(command.submission()) == 30
 
 
 @pytest.mark.slow
-def test_pixel_tables_and_names_of_ones_own(tmp_path):
+def test_pixel_tables_and_other_file_names(tmp_path):
     command = Command(make_pixel_competition(tmp_path / "digits"), tmp_path / "out", tmp_path / "cache")
     done = command(*QUICK, "--num-epochs", "15", "--model-file", "Digits.pt", "--submission-file", "solution.csv")
     assert done.returncode == 0, done.stderr
@@ -147,7 +152,7 @@ def test_pixel_tables_and_names_of_ones_own(tmp_path):
 
 @pytest.mark.parametrize("preset", ["digits-mlp", "digits-cnn", "digits-tiny", "digits-fast", "digits-best",
                                     "digits-resnet18"])
-def test_the_digit_presets_run(tmp_path, preset, main_in_process):
+def test_digit_preset_runs(tmp_path, preset, main_in_process):
     data = make_pixel_competition(tmp_path / "digits")
     status, out, error = main_in_process("--data-dir", str(data), "--preset", preset, "--num-epochs", "1",
                                          "--no-pictures", "--batch-size", "16")
@@ -156,8 +161,8 @@ def test_the_digit_presets_run(tmp_path, preset, main_in_process):
 
 
 @pytest.mark.slow
-def test_the_transfer_preset_runs_from_a_file_of_weights(tmp_path, main_in_process):
-    """torchvision's layers at random stand for the pretrained ones, which cannot be had everywhere."""
+def test_transfer_preset_runs_from_a_file_of_weights(tmp_path, main_in_process):
+    """Random weights of torchvision's network replace the pretrained ones, which need a download."""
     import torchvision
 
     torch.save(torchvision.models.resnet50().state_dict(), tmp_path / "resnet50.pth")
@@ -190,7 +195,7 @@ def test_two_runs_with_one_seed_give_the_same_files(command, tmp_path):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_labels_come_back_as_they_were_written(tmp_path):
+def test_labels_are_submitted_as_they_were_read(tmp_path):
     classes = ["007", "NA", "\\frac{a}{b}, c", "7", "β"]
     command = Command(make_competition(tmp_path / "competition", classes=classes), tmp_path / "out", tmp_path / "cache")
     assert script.main(command.arguments(*QUICK, "--num-epochs", "6")) == 0
@@ -198,8 +203,8 @@ def test_labels_come_back_as_they_were_written(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_read_only_data_folder_is_fine(command):
-    """Nothing is written there: permissions do not bind every user, so the folders' contents are compared too."""
+def test_read_only_data_folder_is_accepted(command):
+    """Permissions do not bind every user, so the contents of the folders are compared too."""
     folders = [folder for folder, _, _ in os.walk(command.data)]
     before = {folder: sorted(os.listdir(folder)) for folder in folders}
     for folder in folders:
@@ -211,7 +216,7 @@ def test_a_read_only_data_folder_is_fine(command):
     assert {folder: sorted(os.listdir(folder)) for folder in folders} == before
 
 
-def test_without_folders_the_working_folder_is_read_and_written(command):
+def test_working_folder_is_the_default(command):
     done = subprocess.run([sys.executable, str(REPOSITORY / "script.py"), *QUICK, "--cache-dir", str(command.cache)],
                           cwd=command.data, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -225,45 +230,16 @@ def test_training_on_all_rows_keeps_the_last_epoch(main_in_process, command):
     assert pd.read_csv(command.output / "history.csv").val_loss.isna().all()
 
 
-def test_without_neighbours_the_checkpoint_has_no_memory(main_in_process, command):
-    status, _, error = main_in_process(*QUICK, "--neighbours", "0")
+def test_checkpoint_without_knn_has_no_index(main_in_process, command):
+    status, _, error = main_in_process(*QUICK, "--knn-neighbors", "0")
     assert status == 0, error
-    assert torch.load(command.output / "best_model.pth", weights_only=True)["memory"] == {}
+    assert torch.load(command.output / "best_model.pth", weights_only=True)["knn"] == {}
     kept = script.load_checkpoint(command.output / "best_model.pth").metrics
     history = pd.read_csv(command.output / "history.csv")
     assert kept["val_accuracy"] == pytest.approx(history.val_accuracy[kept["epoch"] - 1])
 
 
-def test_a_network_learns_from_teachers(finished, tmp_path, monkeypatch):
-    command, _ = finished
-    teacher, student = str(command.output / "best_model.pth"), Command(command.data, tmp_path / "out", command.cache)
-    seen = []
-    monkeypatch.setattr(script, "fit", lambda config, data, *_: seen.append(data) or sys.exit(9))
-    with pytest.raises(SystemExit, match="9"):
-        script.main(student.arguments(*QUICK, "--teachers", f"{teacher}, {teacher}"))
-    said = script.load_checkpoint(Path(teacher))
-    alone = script.predict(said.model.network, seen[0].dataset, np.arange(100), said.config, script.start_runtime(
-        script.Config(device="cpu")))
-    assert np.allclose(seen[0].taught.numpy(), alone, atol=5e-3)  # by the network alone, in its own classes' order
-    monkeypatch.undo()
-    assert script.main(student.arguments(*QUICK, "--teachers", teacher)) == 0
-
-
-@pytest.mark.parametrize("flags, fault", [(["--split-seed", "7"], "--split-seed 42"),
-                                          (["--train-csv", "few.csv"], "must know the classes of")])
-def test_teachers_that_cannot_teach_are_refused(finished, tmp_path, capsys, flags, fault):
-    command, _ = finished
-    pupil = Command(make_competition(tmp_path / "competition"), tmp_path / "out", tmp_path / "cache")
-    table = pd.read_csv(pupil.data / "train.csv", dtype=str)
-    table[table.label != "3"].to_csv(pupil.data / "few.csv", index=False)
-    teacher = str(command.output / "best_model.pth")
-    assert script.main(pupil.arguments(*QUICK, "--teachers", teacher, *flags)) == 1
-    error = capsys.readouterr().err
-    assert error.startswith(f"error: {teacher}: a teacher must ") and fault in error
-    assert not (pupil.output / "best_model.pth").exists()
-
-
-def test_the_classic_preset_runs(main_in_process, command):
+def test_classic_preset_runs(main_in_process, command):
     status, _, error = main_in_process("--preset", "classic", "--num-epochs", "1", "--image-size", "16")
     assert status == 0, error
     config = script.load_checkpoint(command.output / "best_model.pth").config
@@ -271,7 +247,7 @@ def test_the_classic_preset_runs(main_in_process, command):
 
 
 @pytest.mark.slow
-def test_the_time_limit_ends_in_a_submission(command):
+def test_time_limit_ends_in_a_submission(command):
     done = command("--max-minutes", "0.5", "--num-epochs", "100000", "--batch-size", "16", "--image-size", "16",
                    "--no-pictures")
     assert done.returncode == 0, done.stderr
@@ -284,4 +260,4 @@ def test_interruption_is_one_line_and_status_130(main_in_process, monkeypatch):
 
     monkeypatch.setattr(script, "train", interrupt)
     status, _, error = main_in_process(*QUICK)
-    assert status == 130 and error.startswith("stopped by SIGINT: the same command goes on")
+    assert status == 130 and error.startswith("stopped by SIGINT: the same command resumes")

@@ -1,4 +1,4 @@
-"""tools/confusions.py: the rule, and the real command on a trained network."""
+"""tools/confusions.py: the rule, and the command on a trained network."""
 
 import numpy as np
 import pandas as pd
@@ -17,11 +17,11 @@ def test_counts_and_shares_by_hand():
     counts = confusions.confusion_counts(np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 0, 2]), 4)
     assert counts.tolist() == [[2, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
     shares = confusions.pair_shares(counts)
-    assert shares[0, 1] == shares[1, 0] == pytest.approx((4 / 5 + 3 / 4) / 2)  # two hits are added
+    assert shares[0, 1] == shares[1, 0] == pytest.approx((4 / 5 + 3 / 4) / 2)  # two correct rows are added
     assert shares[0, 2] == 1 and shares[0, 3] == 1  # a class without rows is told apart
 
 
-def test_a_network_that_always_answers_the_larger_class_tells_nothing_apart():
+def test_a_network_that_always_predicts_the_larger_class_tells_nothing_apart():
     counts = counts_of([300, 0, 0], [30, 0, 0], [0, 0, 50])
     assert confusions.find_groups(counts, 0.75).tolist() == [0, 0, 2]
 
@@ -38,7 +38,7 @@ def test_links_make_groups_and_a_handful_of_rows_proves_nothing():
 
 
 def test_groups_are_scored_on_rows_that_did_not_make_them():
-    """Pure chance: groups found on the rows themselves flatter, those of the other half do not."""
+    """Of random predictions: groups found on the scored rows flatter, those of the other half do not."""
     rng = np.random.default_rng(0)
     targets, predicted = rng.integers(0, 100, 1000), rng.integers(0, 100, 1000)
     groups = confusions.find_groups(confusions.confusion_counts(targets, predicted, 100), 0.75)
@@ -51,7 +51,7 @@ def test_groups_are_scored_on_rows_that_did_not_make_them():
 def test_the_command_writes_table_and_picture(competition, command, main_in_process, tmp_path, capsys):
     train = pd.read_csv(competition / "train.csv")
     ring, slash = train.label == 101, train.label == 1400
-    train.loc[ring | slash, "label"] = np.where(np.arange((ring | slash).sum()) // 2 % 2, 101, 1400)  # by no rule
+    train.loc[ring | slash, "label"] = np.where(np.arange((ring | slash).sum()) // 2 % 2, 101, 1400)  # at random
     train.to_csv(competition / "train.csv", index=False)
     assert main_in_process(*QUICK, "--num-epochs", "8", "--train-val-split", "0.5")[0] == 0
     paths = ["--data-dir", str(competition), "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path)]
@@ -67,18 +67,18 @@ def test_a_confused_class_may_have_no_validation_row(tmp_path):
     counts, targets = np.array([[0, 10, 0], [0, 0, 0], [0, 0, 9]]), np.array([0] * 10 + [2] * 9)
     groups = confusions.find_groups(counts, 0.75)
     confusions.plot_groups(tmp_path / "a.png", confusions.list_groups(counts, groups), counts, list("abc"),
-                           np.zeros((19, 1, 8, 8), dtype=np.uint8), targets)
+                           np.zeros((19, 8, 8), dtype=np.uint8), targets)
     assert groups.tolist() == [0, 0, 2] and (tmp_path / "a.png").exists()
 
 
 @pytest.mark.parametrize("threshold", ["0", "1.5", "nan"])
-def test_a_threshold_that_is_no_share_is_refused(capsys, threshold):
+def test_a_threshold_outside_0_to_1_is_refused(capsys, threshold):
     with pytest.raises(SystemExit, match="2"):
         confusions.main(["a.pth", "--threshold", threshold])
     assert f"--threshold must be above 0 and at most 1, not {threshold}" in capsys.readouterr().err
 
 
-def test_the_command_says_what_is_wrong(competition, command, main_in_process, tmp_path, capsys):
+def test_checkpoints_that_cannot_be_scored_are_refused(competition, command, main_in_process, tmp_path, capsys):
     paths = ["--data-dir", str(competition), "--cache-dir", str(tmp_path / "cache"), "--output-dir", str(tmp_path)]
     assert confusions.main([str(tmp_path / "none.pth"), *paths]) == 1
     assert "no such checkpoint" in capsys.readouterr().err
@@ -94,4 +94,4 @@ def test_the_command_says_what_is_wrong(competition, command, main_in_process, t
     train = pd.read_csv(competition / "train.csv").replace({"label": {3: 4}})
     train.to_csv(competition / "train.csv", index=False)
     assert confusions.main([str(other / "best_model.pth"), *paths]) == 1
-    assert "not the classes" in capsys.readouterr().err
+    assert "not the rows that" in capsys.readouterr().err

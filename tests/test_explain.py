@@ -1,4 +1,4 @@
-"""Saliency: the places that speak for a class are where it is drawn."""
+"""tools/explain.py: the heat map is where the class is drawn."""
 
 import os
 
@@ -10,12 +10,13 @@ from PIL import Image
 from torch import nn
 
 import script
+from pipeline.images import ImageStatistics
 from script import Config
 from tools import explain
 
 
 class TwoCorners(nn.Module):
-    """Speaks for class 0 by the ink of the upper left quarter, for class 1 by that of the lower right."""
+    """A network whose output 0 is the ink of the upper left quarter, and output 1 that of the lower right."""
 
     def __init__(self):
         super().__init__()
@@ -34,14 +35,19 @@ def test_the_map_is_brightest_where_the_ink_is():
     inputs[0, 0, 2:5, 2:5] = inputs[0, 0, 11:14, 11:14] = 1.0
     drawn = explain.grad_cam(TwoCorners(), inputs, torch.tensor([0]))
     assert drawn.shape == (1, 16, 16) and drawn.max() == pytest.approx(1.0)
-    assert drawn[0][inputs[0, 0] == 0].max() == 0  # no ink speaks for nothing
+    assert drawn[0][inputs[0, 0] == 0].max() == 0  # background speaks for nothing
+
+
+def save_untrained(path, config):
+    """Write a checkpoint of initial weights."""
+    model, statistics = script.build_model(config, 5), ImageStatistics(255, config.image_size)
+    script.save_checkpoint(path, script.TrainedModel(model, config, list("abcde"), statistics, {"epoch": 1}, ""))
 
 
 @pytest.mark.parametrize("model", ["cnn", "resnet", "tiny", "torchvision:resnet18"])
 def test_every_convolutional_network_can_be_explained(tmp_path, model):
     config = Config(model=model, image_size=32, dropout=0.0)
-    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
-        script.build_model(config, 5), config, list("abcde"), script.ImageStatistics(255, 32), {"epoch": 1}))
+    save_untrained(tmp_path / "model.pth", config)
     paths = [tmp_path / f"{kind}.png" for kind in range(2)]
     for kind, path in enumerate(paths):
         draw_shape(kind, np.random.default_rng(0)).save(path)
@@ -52,10 +58,9 @@ def test_every_convolutional_network_can_be_explained(tmp_path, model):
     assert explain.main([str(paths[0]), *common]) == 0
 
 
-def test_what_cannot_be_explained_is_one_line(tmp_path, capsys):
+def test_an_error_is_one_line(tmp_path, capsys):
     config = Config(model="mlp", image_size=32, dropout=0.0)
-    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
-        script.build_model(config, 5), config, list("abcde"), script.ImageStatistics(255, 32), {"epoch": 1}))
+    save_untrained(tmp_path / "model.pth", config)
     draw_shape(0, np.random.default_rng(0)).save(tmp_path / "a.png")
     common = ["--checkpoint", str(tmp_path / "model.pth"), "--output-dir", str(tmp_path)]
     assert explain.main([str(tmp_path / "a.png"), *common]) == 2
@@ -65,10 +70,9 @@ def test_what_cannot_be_explained_is_one_line(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["a$_$b.png", "x$^2$.png", os.fsdecode(b"caf\xe9.png")])
-def test_any_files_name_can_be_a_title(tmp_path, name):
+def test_any_file_name_can_be_a_title(tmp_path, name):
     config = Config(model="tiny", image_size=16, dropout=0.0)
-    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
-        script.build_model(config, 5), config, list("abcde"), script.ImageStatistics(255, 16), {"epoch": 1}))
+    save_untrained(tmp_path / "model.pth", config)
     with open(tmp_path / name, "wb") as file:
         draw_shape(0, np.random.default_rng(0)).save(file, "png")
     assert explain.main([str(tmp_path / name), "--checkpoint", str(tmp_path / "model.pth"), "--output-dir",

@@ -1,14 +1,21 @@
-"""ONNX: another runtime gives the answers that PyTorch gives, from what model.json says."""
+"""tools/export.py: onnxruntime gives PyTorch's probabilities if its input is made as model.json says."""
 
+import dataclasses
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from conftest import QUICK, Command, make_competition
 from PIL import Image
 
 import script
+from pipeline.device import start_runtime
+from pipeline.errors import DataError
+from pipeline.images import ImageStatistics, decode_images
+from pipeline.knn import KNNClassifier
+from pipeline.tables import Table
 from tools import export
 
 
@@ -16,36 +23,35 @@ from tools import export
 @pytest.mark.parametrize("flags, vote", [(["--model", "cnn", "--num-epochs", "8"], True), (["--model", "cnn"], False),
                                          (["--model", "resnet", "--image-size", "24"], False),
                                          (["--model", "mlp", "--normalize", "standard"], False)])
-def test_another_runtime_answers_alike(tmp_path, capsys, flags, vote):
+def test_onnxruntime_gives_the_same_probabilities(tmp_path, capsys, flags, vote):
     import onnxruntime
 
     command = Command(make_competition(tmp_path / "competition", 200), tmp_path / "out", tmp_path / "cache")
     assert script.main(command.arguments(*QUICK, *flags)) == 0
     checkpoint = command.output / "best_model.pth"
     assert export.main([str(checkpoint), "--output-dir", str(tmp_path / "onnx"), *["--vote"][: vote]]) == 0
-    assert "its answers differ from PyTorch's by " in capsys.readouterr().out
+    assert "its probabilities differ from PyTorch's by at most " in capsys.readouterr().out
     about = json.loads((tmp_path / "onnx" / "model.json").read_text())
     paths = sorted((command.data / "Dataset_Image" / "data").iterdir())[:7]
     grey = np.stack([np.asarray(Image.open(path).convert("L").resize((about["size"],) * 2, Image.BILINEAR), dtype=float)
                      for path in paths])
-    ink = (np.abs(grey - about["image_statistics"]["paper"]) / 255).astype(np.float32)[:, None]
+    ink = (np.abs(grey - about["image_statistics"]["background"]) / 255).astype(np.float32)[:, None]
     session = onnxruntime.InferenceSession((tmp_path / "onnx" / "model.onnx").read_bytes())
     answers = session.run(None, {"ink": ink})[0]
     trained = script.load_checkpoint(checkpoint)
-    runtime = script.start_runtime(script.Config(device="cpu", precision="float32"))
-    images = script.decode_images(list(map(str, paths)), trained.statistics, 0)[0][:, None]
-    network = (trained if vote else trained.alone).model
-    expected = script.predict(network, script.MathSymbolDataset(images, None, runtime), np.arange(7), trained.config,
-                              runtime)
+    images = decode_images(list(map(str, paths)), trained.statistics, 0)[0][:, None]
+    dataset = script.MathSymbolDataset(Table("", pd.DataFrame(index=range(7))), trained.config, trained.classes,
+                                       trained.statistics, start_runtime("cpu", "float32"), images)
+    expected = script.predict((trained if vote else trained.without_knn).model, dataset)
     assert about["classes"] == trained.classes and answers.shape == expected.shape
-    assert np.abs(answers - expected).max() < 2e-2  # the images, read by other hands, differ by a grey level
+    assert np.abs(answers - expected).max() < 2e-2  # images read in another way differ by a grey level
     same = session.run(None, {"ink": (images / 255).astype(np.float32)})[0]
     assert vote or np.abs(same - expected).max() < 1e-4
     assert len(session.run(None, {"ink": ink[:1]})[0]) == 1
 
 
 @pytest.mark.slow
-def test_integers_answer_nearly_alike(tmp_path, capsys):
+def test_8_bit_integers_are_nearly_as_accurate(tmp_path, capsys):
     command = Command(make_competition(tmp_path / "competition", 600), tmp_path / "out", tmp_path / "cache")
     flags = ["--model", "cnn", "--num-epochs", "6", "--image-size", "32", "--train-val-split", "0.5"]
     assert script.main(command.arguments(*QUICK, *flags)) == 0
@@ -59,10 +65,15 @@ def test_integers_answer_nearly_alike(tmp_path, capsys):
     assert "--int8 is for the network alone" in capsys.readouterr().err
 
 
+def untrained(**settings) -> script.TrainedModel:
+    """A tiny network with initial weights."""
+    config = script.Config(model="tiny", image_size=16, dropout=0.0, **settings)
+    return script.TrainedModel(script.build_model(config, 3), config, list("abc"), ImageStatistics(255, 16),
+                               {"epoch": 1}, "")
+
+
 def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
-    config = script.Config(model="tiny", image_size=16, dropout=0.0)
-    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
-        script.build_model(config, 3), config, list("abc"), script.ImageStatistics(255, 16), {"epoch": 1}))
+    script.save_checkpoint(tmp_path / "model.pth", untrained())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert export.main([str(tmp_path / "model.pth"), "--output-dir", str(tmp_path / "onnx")]) == 2
     assert capsys.readouterr().err == ("error: exporting needs packages that are not installed: pip install onnx "
@@ -70,17 +81,15 @@ def test_missing_packages_are_named(tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / "onnx").iterdir())
 
 
-def test_a_vote_that_is_not_in_the_checkpoint_is_refused(tmp_path, capsys):
-    config = script.Config(model="tiny", image_size=16, dropout=0.0)
-    script.save_checkpoint(tmp_path / "model.pth", script.Trained(
-        script.build_model(config, 3), config, list("abc"), script.ImageStatistics(255, 16), {"epoch": 1}))
+def test_vote_of_a_checkpoint_without_one_is_refused(tmp_path, capsys):
+    script.save_checkpoint(tmp_path / "model.pth", untrained())
     assert export.main([str(tmp_path / "model.pth"), "--vote", "--output-dir", str(tmp_path / "onnx")]) == 2
-    assert "model.pth remembers no training images; leave it out" in capsys.readouterr().err
+    assert "model.pth has no nearest-neighbour vote; leave it out" in capsys.readouterr().err
     assert not (tmp_path / "onnx").exists()
 
 
-def test_a_network_that_answers_otherwise_is_refused(monkeypatch):
-    class Liar:
+def test_other_probabilities_of_the_exported_network_are_refused(monkeypatch):
+    class Wrong:
         def __init__(self, *_, **__):
             pass
 
@@ -89,29 +98,23 @@ def test_a_network_that_answers_otherwise_is_refused(monkeypatch):
 
     import onnxruntime
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", Liar)
-    config = script.Config(model="tiny", image_size=16, dropout=0.0)
-    model = export.Exported(script.Trained(script.build_model(config, 3), config, list("abc"),
-                                           script.ImageStatistics(255, 16), {}), vote=False).eval()
-    with pytest.raises(script.DataError, match=r"exported network differ from PyTorch's by .*: nothing was written"):
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Wrong)
+    model = export.Exported(untrained(), vote=False).eval()
+    with pytest.raises(DataError, match=r"exported network differ from PyTorch's by .*: nothing was written"):
         export.compare(model, b"", 16)
 
 
-def test_figures_of_the_vote_are_not_the_networks():
-    config = script.Config(model="tiny", image_size=16, dropout=0.0, neighbours=2)
-    network = script.build_model(config, 2)
-    vote = script.NeighbourVote(network, config, torch.zeros(12, 64), torch.zeros(3, 64), torch.zeros(3).long())
+def test_metrics_of_the_vote_are_not_exported_with_the_network_alone():
     metrics = {"epoch": 3, "val_accuracy": 0.9, "val_loss": 0.1}
-    voting, alone = (script.Trained(model, config, ["a", "b"], script.ImageStatistics(255, 16), metrics)
-                     for model in (vote, network))
+    alone = dataclasses.replace(untrained(), metrics=metrics)
+    index = {"projection": torch.zeros(12, 64), "keys": torch.zeros(3, 64), "targets": torch.zeros(3).long()}
+    voting = dataclasses.replace(alone, model=KNNClassifier(alone.model, 2, 0.2, index))
     assert export.own_metrics(voting, vote=False) == {"epoch": 3}
     assert export.own_metrics(voting, vote=True) == export.own_metrics(alone, vote=False) == metrics
 
 
-def test_a_network_that_sees_softened_images_is_exported_before_it_answers_anything():
-    """What the first use of it keeps for later must not be the tracer's."""
-    config = script.Config(model="tiny", image_size=16, dropout=0.0, soften=0.0625)
-    trained = script.Trained(script.build_model(config, 3), config, list("abc"), script.ImageStatistics(255, 16), {})
-    model = export.Exported(trained, False).eval()
+def test_a_network_with_edge_softening_is_exported_before_its_first_prediction():
+    """Nothing that the export traces may be kept for later predictions."""
+    model = export.Exported(untrained(edge_softening=0.0625), False).eval()
     content = export.to_onnx(model, 16)
     assert "differ from PyTorch's by" in export.compare(model, content, 16)

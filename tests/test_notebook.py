@@ -16,6 +16,7 @@ def test_the_notebook_goes_from_the_folder_to_a_submission(tmp_path, monkeypatch
     for name in ("script.py", "train.csv", "test.csv", "classes.csv"):
         if (REPOSITORY / name).exists():
             shutil.copy(REPOSITORY / name, tmp_path)
+    shutil.copytree(REPOSITORY / "pipeline", tmp_path / "pipeline")
     (tmp_path / "Dataset_Image").symlink_to(REPOSITORY / "Dataset_Image")
     (tmp_path / "docs").mkdir()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -27,5 +28,5 @@ def test_the_notebook_goes_from_the_folder_to_a_submission(tmp_path, monkeypatch
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 5
     submission = pd.read_csv(tmp_path / "docs" / "quickstart-output" / "submission.csv", dtype=str)
     assert submission.example_id.tolist() == pd.read_csv(tmp_path / "test.csv", dtype=str).example_id.tolist()
-    scores = next(cell for cell in notebook.cells if "script.score(" in cell.source).outputs[0]["data"]["text/plain"]
+    scores = next(cell for cell in notebook.cells if "metrics.score(" in cell.source).outputs[0]["data"]["text/plain"]
     assert ast.literal_eval(scores)["val_accuracy"] > 0.9

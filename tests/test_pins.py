@@ -16,22 +16,50 @@ import torch
 from conftest import REPOSITORY, make_competition, make_pixel_competition
 
 REFERENCE = "0183c98"
-OLD_FLAGS = {}  # what the reference calls a flag that has another name today
+OLD_FLAGS = {"--accumulation-steps": "--accumulate", "--no-recenter-warp": "--no-refit",
+             "--ema-decay": "--average-decay"}  # what the reference calls a flag that has another name today
 SHORT = ["--num-epochs", "2", "--batch-size", "16", "--image-size", "16", "--no-pictures"]
 RUNS = {
     "cnn": ["--model", "cnn", "--num-epochs", "3", "--no-pictures"],
     "resnet": ["--model", "resnet", *SHORT],
     "classic with mixup": ["--preset", "classic", "--model", "cnn", *SHORT],
     "pixel tables": ["--preset", "digits-tiny", "--num-epochs", "2", "--no-pictures"],
-    "sgd with accumulation": ["--optimizer", "sgd", "--accumulate", "2", "--learning-rate", "0.02", *SHORT],
+    "sgd with accumulation": ["--optimizer", "sgd", "--accumulation-steps", "2", "--learning-rate", "0.02", *SHORT],
     "plateau": ["--schedule", "plateau", "--model", "tiny", *SHORT, "--num-epochs", "5"],
     "every change of images": ["--crop", "0.5", "--perspective", "0.1", "--erasing", "0.5", "--brightness", "0.2",
-                               "--contrast", "0.3", "--shift", "0.1", "--no-refit", "--model", "digit-cnn", *SHORT],
+                               "--contrast", "0.3", "--shift", "0.1", "--no-recenter-warp", "--model", "digit-cnn",
+                               *SHORT],
     "folds": ["--folds", "3", "--model", "digit-cnn", *SHORT],
     "extra rows": ["--extra-csv", "extra.csv", "--extra-weight", "0.5", "--model", "digit-cnn", *SHORT],
     "torchvision": ["--model", "torchvision:resnet18", "--normalize", "standard", "--freeze-epochs", "1", *SHORT],
-    "no average": ["--average-decay", "0", "--optimizer", "adam", "--schedule", "cyclic", "--model", "mlp", *SHORT],
+    "no average": ["--ema-decay", "0", "--optimizer", "adam", "--schedule", "cyclic", "--model", "mlp", *SHORT],
 }
+
+
+# What changed on purpose, for the reference too: split and figures are those of scikit-learn, and averaged weights are
+# interpolated by torch._foreach_lerp_, whose last bits differ from those of a step of gradient descent.
+ON_PURPOSE = '''
+from pipeline import metrics, splits
+
+score = metrics.score
+
+
+def split_table(config, table, targets, images):
+    settings = splits.SplitSettings(config.train_val_split, config.split_seed, config.folds, config.fold,
+                                    config.group_column)
+    usable = np.setdiff1d(np.arange(len(table)), table.bad)
+    found = splits.split_rows(settings, targets, usable, images, None, table.path)
+    return found.train_rows, found.val_rows, found.parts
+
+
+def update(self, step, sound):
+    torch._foreach_lerp_(self.averages, self.sources, 1 - min(self.decay, (1 + step) / (10 + step)))
+
+
+AveragedWeights.update = update
+
+
+'''
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +67,8 @@ def reference(tmp_path_factory) -> Path:
     """The folder of the reference's script.py."""
     folder = tmp_path_factory.mktemp("reference")
     text = subprocess.run(["git", "show", f"{REFERENCE}:script.py"], cwd=REPOSITORY, capture_output=True, check=True)
-    (folder / "script.py").write_bytes(text.stdout)
+    main = b'if __name__ == "__main__":'
+    (folder / "script.py").write_bytes(text.stdout.replace(main, ON_PURPOSE.encode() + main))
     return folder
 
 
@@ -59,7 +88,8 @@ def call(script: Path, arguments: list[str], data: Path, output: Path) -> None:
                str(output), "--cache-dir", str(output / "cache"), "--device", "cpu"]
     if arguments[0] != "predict":
         command += ["--precision", "float32"]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, env={
+        **os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)})
     assert done.returncode == 0, done.stderr
 
 
@@ -72,7 +102,8 @@ def weights_digest(path: Path) -> str:
 
 
 def results(output: Path) -> dict[str, object]:
-    """What a run is pinned by: weights, submission and history, each by its file."""
+    """Return what a run is pinned by: weights, submission and history, each by its file."""
+    extra_weight = torch.load(next(output.rglob("*.pth")), weights_only=True)["config"]["extra_weight"]
     found = {}
     for path in sorted(output.rglob("*")):
         name = str(path.relative_to(output))
@@ -80,8 +111,9 @@ def results(output: Path) -> dict[str, object]:
             found[name] = weights_digest(path)
         elif path.name == "submission.csv":
             found[name] = path.read_text()
-        elif path.name == "history.csv":
-            found[name] = pd.read_csv(path).drop(columns="seconds").to_csv(index=False)
+        elif path.name == "history.csv":  # training figures of weighted rows are weighted means now
+            weighted = ["train_loss", "train_accuracy"] * (extra_weight != 1)
+            found[name] = pd.read_csv(path).drop(columns=["seconds", *weighted]).to_csv(index=False)
     return found
 
 

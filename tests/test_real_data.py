@@ -1,4 +1,4 @@
-"""Real competition folders, named by COMPETITION_FOLDERS (separated as in PATH); skipped where it is not set."""
+"""Real competition folders, named by COMPETITION_FOLDERS (separated as in PATH); skipped if it is not set."""
 
 import os
 from pathlib import Path
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FOLDERS, reason="COMPETIT
 
 @pytest.fixture(scope="module", params=FOLDERS or ["none"])
 def finished(request, tmp_path_factory):
-    """One short run of the real command on a real folder."""
+    """Return the command and the output of one short run on a real folder."""
     folder = tmp_path_factory.mktemp("real")
     command = Command(Path(request.param), folder / "out", folder / "cache")
     done = command("--num-epochs", "2", "--max-minutes", "6", "--model", "cnn", timeout=900)
@@ -21,7 +21,7 @@ def finished(request, tmp_path_factory):
     return command, done
 
 
-def test_the_submission_has_the_competitions_form(finished):
+def test_submission_matches_the_sample_submission(finished):
     command, _ = finished
     expected = pd.read_csv(command.data / "sample_submission.csv", dtype=str)
     submission = command.submission()
@@ -31,13 +31,13 @@ def test_the_submission_has_the_competitions_form(finished):
     assert set(submission.label) <= known and submission.label.nunique() > len(known) / 3
 
 
-def test_a_few_minutes_recognise_most_symbols(finished):
+def test_few_minutes_recognise_most_symbols(finished):
     command, done = finished
     accuracy = pd.read_csv(command.output / "history.csv").val_accuracy.iloc[-1]
     assert accuracy > 0.65, done.stdout
 
 
-def test_a_second_command_does_not_decode_and_agrees(finished, tmp_path):
+def test_predict_uses_the_cache_and_agrees(finished, tmp_path):
     command, _ = finished
     again = Command(command.data, tmp_path / "out", command.cache)
     done = again("predict", str(command.output / "best_model.pth"))

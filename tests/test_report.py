@@ -1,4 +1,4 @@
-"""tools/report.py: one page with everything, from what a run left."""
+"""tools/report.py: one page with everything that a run left."""
 
 import json
 import re
@@ -9,6 +9,7 @@ import pytest
 from conftest import Command, make_competition
 
 import script
+from pipeline.metrics import Predictions
 from tools import report
 
 
@@ -45,7 +46,7 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys):
     ("run.json", b"{}"), ("run.json", b'{"config": {}}'), ("history.csv", b""), ("history.csv", b"epoch\n1\n"),
     ("class_accuracy.csv", b"label,images,accuracy,taken_for\n3,x,0.5,\n"),
 ])
-def test_a_damaged_file_of_the_run_is_named(finished, tmp_path, capsys, name, content):
+def test_a_damaged_file_of_the_run_is_reported(finished, tmp_path, capsys, name, content):
     shutil.copytree(finished.output, tmp_path / "out")
     (tmp_path / "out" / name).write_bytes(content)
     assert report.main([str(tmp_path / "out")]) == 1
@@ -55,7 +56,6 @@ def test_a_damaged_file_of_the_run_is_named(finished, tmp_path, capsys, name, co
 
 def test_calibration_by_hand():
     probabilities = np.array([[0.9, 0.1], [0.9, 0.1], [0.6, 0.4], [0.6, 0.4]])
-    judged = script.Judged(None, np.arange(4), np.array([0, 1, 0, 0]), probabilities)
-    bins, error = report.calibration(judged)
+    bins, error = report.calibration(Predictions(np.arange(4), np.array([0, 1, 0, 0]), probabilities))
     assert bins.accuracy.tolist() == [1.0, 0.5] and bins.share.tolist() == [0.5, 0.5]
     assert error == pytest.approx((0.4 + 0.4) / 2)

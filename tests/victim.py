@@ -1,4 +1,4 @@
-"""A process that runs the command line and is killed, or stumbles, where a test says: imported by test_faults.py."""
+"""A process that runs the command line and is killed, or meets a full disk, where a test says; used by test_faults."""
 
 import os
 import resource
@@ -10,11 +10,13 @@ import torch._dynamo  # noqa: F401  (the first optimizer imports it, which takes
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import pipeline.files
 import script
+from pipeline.resume import CheckpointManager
 
 
 def kill_at(call: int, half: bool, files: tuple[str, ...]) -> None:
-    """Let the process kill itself before the so-manyth operation on these files, or in the middle of their bytes."""
+    """Kill this process before the `call`-th operation on files of these names, or in the middle of a write."""
     done = 0
 
     def trap(operation):
@@ -32,12 +34,12 @@ def kill_at(call: int, half: bool, files: tuple[str, ...]) -> None:
         return wrapped
 
     write = Path.write_bytes
-    Path.write_bytes, os.replace, script.flush = trap(write), trap(os.replace), trap(script.flush)
-    script.read_content = trap(script.read_content)
+    Path.write_bytes, os.replace, pipeline.files.fsync = trap(write), trap(os.replace), trap(pipeline.files.fsync)
+    pipeline.files.load_verified = trap(pipeline.files.load_verified)
 
 
 def write_to(log: str) -> None:
-    """Let stdout and stderr go to a file, and Ctrl-C be what it is in a program that was started by hand."""
+    """Send stdout and stderr to a file, and restore the default handler of SIGINT."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -45,25 +47,24 @@ def write_to(log: str) -> None:
 
 
 def finish(arguments: list[str], keep: bool) -> None:
-    """Run the command line and end this process with its status; where asked for, last.pth stays."""
+    """Run the command line and end this process with its status; `keep` leaves last.pth in place."""
     if keep:
-        script.RunKeeper.discard = lambda self: None
+        CheckpointManager.discard = lambda self: None
     try:
         status = script.main(arguments)
     except SystemExit as stop:
         status = stop.code
-    if sys.stdout:  # a rank but the first has none
+    if sys.stdout:  # None on ranks other than 0
         sys.stdout.flush()
     os._exit(status)
 
 
 def live(arguments: list[str], log: str, call: int = 0, half: bool = False, keep: bool = False, most_bytes: int = 0,
          files: tuple[str, ...] = ("last", "best_model")) -> None:
-    """What the process does: the command line, with stdout and stderr in a file; at the end it may keep last.pth."""
+    """Run the command line with these faults; `most_bytes` is the largest size of a file that the disk accepts."""
     write_to(log)
     if call:
         kill_at(call, half, files)
     if most_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
-    script.LEAST_SECONDS = 0  # to be saved after every epoch, however short
     finish(arguments, keep)

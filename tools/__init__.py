@@ -1,0 +1,1 @@
+"""Programs beside script.py, each run as `python -m tools.NAME`."""

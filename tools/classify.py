@@ -1,64 +1,68 @@
-"""Say what is drawn on some pictures.
+"""Classify single pictures with a trained network.
 
     python -m tools.classify a.png b.jpg [--checkpoint best_model.pth] [--crop]
 
-Prints for each picture the likeliest classes with their probabilities, and their LaTeX where classes.csv beside the
-training table tells it. Pictures may have any size and any polarity: paper is what the border shows. `--crop` cuts the
-drawing out and scales it to fill the picture, as the symbols of HASYv2 come; leave it out where the training images
-have margins, as digits have. A picture that cannot be read is named, and the others are answered; the exit status is
-then 1.
+Prints for each picture the most likely classes with their probabilities, and their LaTeX if classes.csv is beside the
+training table. Pictures may have any size, and be black on white or white on black: the background is what the border
+shows. `--crop` cuts out the drawing and scales it to fill the picture, as the symbols of HASYv2 come; leave it out if
+the training images have margins, as digits have. A picture that cannot be read is reported, and the others are
+classified; the exit status is then 1.
 """
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 
 import script
+from pipeline.device import start_runtime
+from pipeline.errors import DataError
+from pipeline.signals import exit_status
+from pipeline.tables import Table
+from tools.common import make_parser, read_latex, read_picture
 
 
-def classify(trained: script.Trained, inks: list[np.ndarray]) -> np.ndarray:
-    """Probabilities [pictures, classes] of ink [size, size] each, on the CPU."""
-    runtime = script.start_runtime(script.Config(device="cpu", precision="float32"))
-    dataset = script.MathSymbolDataset(np.stack(inks)[:, None], None, runtime)
-    return script.predict(runtime.place(trained.model), dataset, np.arange(len(inks)), trained.config, runtime)
+def classify(trained: script.TrainedModel, inks: list[np.ndarray]) -> np.ndarray:
+    """Return probabilities [pictures, classes] of ink [size, size] each, computed on the CPU."""
+    runtime = start_runtime("cpu", "float32")
+    table = Table("the pictures", pd.DataFrame(index=range(len(inks))))
+    dataset = script.MathSymbolDataset(table, trained.config, trained.classes, trained.statistics, runtime,
+                                       np.stack(inks)[:, None])
+    return script.predict(runtime.to_device(trained.model), dataset)
 
 
 def answer(given: argparse.Namespace) -> int:
-    """Print the answers; gives how many pictures cannot be used."""
+    """Print the answers. Return the number of pictures that cannot be used."""
     trained = script.load_checkpoint(given.checkpoint)
-    config = trained.config
-    symbols = script.read_symbols(dataclasses.replace(config, data_dir=given.data_dir or config.data_dir))
+    latex = read_latex(trained.config, given)
     inks, faults = {}, []
     for path in given.pictures:
         try:
-            inks[path] = script.read_picture(path, trained.statistics.size, given.crop)
-        except script.DataError as error:
+            inks[path] = read_picture(path, trained.statistics.size, given.crop)
+        except DataError as error:
             faults.append(error)
     for path, probabilities in zip(inks, classify(trained, list(inks.values())) if inks else ()):
         print(path)
         for number in probabilities.argsort()[::-1][: given.top]:
             label = trained.classes[number]
-            print(f"  {probabilities[number]:7.2%}  {label}  {symbols.get(label, '')}".rstrip())
+            print(f"  {probabilities[number]:7.2%}  {label}  {latex.get(label, '')}".rstrip())
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     return len(faults)
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.classify", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line and return the exit status."""
+    parser = make_parser("tools.classify", __doc__, "checkpoint", data_dir=None)
     parser.add_argument("pictures", type=Path, nargs="+")
-    parser.add_argument("--checkpoint", type=Path, default=Path("best_model.pth"))
-    parser.add_argument("--data-dir", default="", help="folder of classes.csv (default: the one it was trained in)")
-    parser.add_argument("--crop", action="store_true", help="cut the drawing out first")
-    parser.add_argument("--top", type=int, default=5, help="how many classes to show (5)")
+    parser.add_argument("--crop", action="store_true", help="cut out the drawing first")
+    parser.add_argument("--top", type=int, default=5, help="number of classes to print (5)")
     given, faults = parser.parse_args(argv), []
     if given.top < 1:
         parser.error(f"--top must be 1 or more, not {given.top}")
-    status = script.exit_status(lambda _: faults.append(answer(given)), "nothing was answered")
+    status = exit_status(lambda _: faults.append(answer(given)), "nothing was classified")
     return status or int(faults[0] > 0)
 
 

@@ -1,18 +1,17 @@
-"""Write a trained network as ONNX, with what a program without PyTorch needs to use it.
+"""Export a trained network to ONNX, with what a program without PyTorch needs to use it.
 
     python -m tools.export best_model.pth [--output-dir .] [--vote]
-    python -m tools.export best_model.pth --int8 --data-dir COMPETITION
+    python -m tools.export best_model.pth --int8 [--data-dir COMPETITION]
 
-Writes model.onnx, which maps ink [N, 1, S, S] (float32, 0 is paper and 1 is full ink) to probabilities [N, classes],
-and model.json: the classes in the order of the outputs, S, and how an image becomes ink. With `--vote` the training
-images that the network remembers are in the file and vote, as they do in `script.py predict`; without, it is the
-network alone, which is smaller and faster. The file's answers are compared with PyTorch's on random strokes where
-onnxruntime is installed, and the export fails if they differ by more than 0.0001; with the vote, on more than one
-drawing in ten, since of two neighbours that are equally near either may be asked. Needs the packages onnx and
-onnxscript.
+Writes model.onnx, which maps ink [N, 1, S, S] (float32, 0 is background and 1 is full ink) to probabilities
+[N, classes], and model.json: the classes in the order of the outputs, S, and how an image becomes ink. With `--vote`
+the file includes the nearest-neighbour vote of `script.py predict`; without, it is the network alone, which is smaller
+and faster. Where onnxruntime is installed, the file's probabilities are compared with PyTorch's on random strokes, and
+the export fails if they differ by more than 0.0001; with the vote, if they do on more than one drawing in ten, since
+either of two neighbours that are equally near may be chosen. Needs the packages onnx and onnxscript.
 
 `--int8` writes model.int8.onnx too, whose weights and activations are 8-bit integers: a quarter of the size. Their
-ranges are taken from images of the checkpoint's validation rows, and both files are scored on the other ones. Needs
+ranges are measured on images of the checkpoint's validation rows, and both files are scored on the other ones. Needs
 onnxruntime.
 """
 
@@ -33,27 +32,33 @@ import torch
 from torch import Tensor, nn
 
 import script
+from pipeline import files
+from pipeline.errors import DataError, UsageError
+from pipeline.knn import KNNClassifier
+from pipeline.signals import exit_status
+from tools.common import OF_CHECKPOINT, make_parser, open_validation
 
 TOLERANCE = 1e-4
-CALIBRATION = 1024  # images that the ranges of 8-bit activations are taken from, at the most
-TIES = 0.1  # share of the drawings on which a vote may be decided otherwise
+CALIBRATION = 1024  # largest number of images that the ranges of 8-bit activations are measured on
+TIES = 0.1  # share of the drawings on which the vote may differ
 
 
 class Exported(nn.Module):
-    """From ink [N, 1, S, S] to probabilities [N, classes]: the network's own preparation, itself, and its vote."""
+    """Maps ink [N, 1, S, S] to probabilities [N, classes]: resizing or softening, the network and its vote."""
 
-    def __init__(self, trained: script.Trained, vote: bool):
+    def __init__(self, trained: script.TrainedModel, vote: bool):
         super().__init__()
-        self.network, self.config = (trained if vote else trained.alone).model, trained.config
-        if isinstance(self.network, script.NeighbourVote):
-            self.network.keys = self.network.keys.float()  # which not every runtime multiplies in bf16
+        self.network, self.config = (trained if vote else trained.without_knn).model, trained.config
+        if isinstance(self.network, KNNClassifier):
+            self.network.keys = self.network.keys.float()  # not every runtime multiplies bf16
 
     def forward(self, ink: Tensor) -> Tensor:
+        """Return probabilities [N, classes]."""
         return self.network(script.to_input(ink * 255.0, self.config)).softmax(dim=1)
 
 
 def drawings(count: int, size: int) -> Tensor:
-    """Ink [count, 1, size, size] of strokes at random: something to compare answers on."""
+    """Return ink [count, 1, size, size] of random strokes."""
     places = torch.rand(count, 6, 2, generator=torch.Generator().manual_seed(0))
     line = (torch.arange(size) + 0.5) / size
     near = [((line - places[:, :, axis, None]).abs() < 0.08).float() for axis in (0, 1)]
@@ -61,14 +66,14 @@ def drawings(count: int, size: int) -> Tensor:
 
 
 def need(*packages: str) -> None:
-    """Raise UsageError where a package is missing."""
+    """Raise UsageError if a package is missing."""
     missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
-        raise script.UsageError(f"exporting needs packages that are not installed: pip install {' '.join(missing)}")
+        raise UsageError(f"exporting needs packages that are not installed: pip install {' '.join(missing)}")
 
 
 def to_onnx(model: nn.Module, size: int) -> bytes:
-    """A model for any number of images of this size as ONNX. Raises UsageError where a package is missing."""
+    """Return a model of any number of images of this size as ONNX. Raises UsageError if a package is missing."""
     need("onnx", "onnxscript")
     with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
         program = torch.onnx.export(model, (drawings(2, size),), input_names=["ink"], output_names=["probabilities"],
@@ -78,9 +83,9 @@ def to_onnx(model: nn.Module, size: int) -> bytes:
 
 
 def compare(model: nn.Module, content: bytes, size: int) -> str:
-    """What onnxruntime makes of it: the greatest difference, and milliseconds an image on one core.
+    """Return in words the largest difference between onnxruntime and PyTorch, and milliseconds per image on one core.
 
-    Raises DataError where its answers are not PyTorch's.
+    Raises DataError if the difference is too large.
     """
     if not importlib.util.find_spec("onnxruntime"):
         return "not compared with PyTorch: onnxruntime is not installed"
@@ -88,17 +93,17 @@ def compare(model: nn.Module, content: bytes, size: int) -> str:
     with torch.inference_mode():
         expected = model(ink).numpy()
     differences = np.abs(session.run(None, {"ink": ink.numpy()})[0] - expected).max(axis=1)
-    votes = isinstance(model.network, script.NeighbourVote)
+    votes = isinstance(model.network, KNNClassifier)
     if not (differences <= TOLERANCE).mean() >= 1 - TIES * votes:
-        raise script.DataError(f"the answers of the exported network differ from PyTorch's by "
-                               f"{differences.max():.1e}: nothing was written")
-    return (f"its answers differ from PyTorch's by {np.quantile(differences, 1 - TIES * votes):.1e} at the most"
+        raise DataError(f"the probabilities of the exported network differ from PyTorch's by {differences.max():.1e}: "
+                        "nothing was written; try other versions of onnxscript and onnxruntime")
+    return (f"its probabilities differ from PyTorch's by at most {np.quantile(differences, 1 - TIES * votes):.1e}"
             f"{' on nine drawings in ten' if votes else ''}; a single image takes "
             f"{latency(session, ink[:1].numpy()):.2f} ms on one core")
 
 
 def open_session(content: bytes):
-    """onnxruntime's session of a file, on one core."""
+    """Return an onnxruntime session of a file, on one core."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -107,7 +112,7 @@ def open_session(content: bytes):
 
 
 def latency(session, ink: np.ndarray) -> float:
-    """Milliseconds that a single image [1, 1, S, S] takes: the median of fifty."""
+    """Return the milliseconds that a single image [1, 1, S, S] takes: the median of fifty."""
     seconds = []
     for _ in range(50):
         started = time.perf_counter()
@@ -117,7 +122,7 @@ def latency(session, ink: np.ndarray) -> float:
 
 
 def quantize(content: bytes, ink: np.ndarray) -> bytes:
-    """The same network in 8-bit integers, the ranges of its activations taken from ink [N, 1, S, S]."""
+    """Return the network in 8-bit integers, the ranges of its activations measured on ink [N, 1, S, S]."""
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -139,16 +144,15 @@ def quantize(content: bytes, ink: np.ndarray) -> bytes:
         return Path(whole).read_bytes()
 
 
-def write_int8(trained: script.Trained, content: bytes, given: argparse.Namespace) -> str:
-    """Write model.int8.onnx; gives what it and the exact one are worth on validation rows."""
+def write_int8(content: bytes, given: argparse.Namespace) -> str:
+    """Write model.int8.onnx. Return a line for each of both files: size, accuracy and time."""
     need("onnxruntime")
-    config = script.Config(data_dir=str(given.data_dir), cache_dir=given.cache_dir, device="cpu")
-    question, targets = script.validation_question([trained], config, script.start_runtime(config))
-    dataset = question.dataset(trained.statistics)
+    _, (dataset,) = open_validation([given.checkpoint], given, "cpu")
+    targets = dataset.targets
     order = np.random.default_rng(0).permutation(len(targets))
     seen, scored = np.split(order, [min(CALIBRATION, len(order) // 2)])
     if not len(seen):
-        raise script.DataError(f"{given.data_dir}: one validation row is too few for --int8")
+        raise DataError(f"{dataset.table.path}: --int8 needs at least two validation rows; leave it out")
 
     def ink(rows: np.ndarray) -> np.ndarray:
         return dataset.images[rows].numpy().astype(np.float32) / 255
@@ -159,54 +163,51 @@ def write_int8(trained: script.Trained, content: bytes, given: argparse.Namespac
         hits = sum((session.run(None, {"ink": ink(rows)})[0].argmax(axis=1) == targets[rows]).sum() for rows in parts)
         lines.append(f"{name}: {len(file) / 1e6:.1f} MB, accuracy {hits / len(scored):.2%} on {len(scored):,} "
                      f"validation rows, {latency(session, ink(scored[:1])):.2f} ms an image on one core")
-    with script.whole_file(given.output_dir / "model.int8.onnx") as temporary:
+    with files.atomic_write(given.output_dir / "model.int8.onnx") as temporary:
         temporary.write_bytes(small)
     return "\n".join(lines)
 
 
-def own_metrics(trained: script.Trained, vote: bool) -> dict:
-    """The checkpoint's figures; without those of validation where they are the vote's and the network goes alone."""
-    alone = isinstance(trained.model, script.NeighbourVote) and not vote
+def own_metrics(trained: script.TrainedModel, vote: bool) -> dict:
+    """Return the checkpoint's metrics; if they include a vote that is not exported, without those of validation."""
+    alone = isinstance(trained.model, KNNClassifier) and not vote
     return {name: value for name, value in trained.metrics.items() if not (alone and name.startswith("val_"))}
 
 
 def export(given: argparse.Namespace) -> None:
-    """Write the files."""
+    """Write the files and print what they are worth."""
     if given.int8 and given.vote:
-        raise script.UsageError("--int8 is for the network alone; leave --vote out")
+        raise UsageError("--int8 is for the network alone; leave --vote out")
     trained = script.load_checkpoint(given.checkpoint)
-    if given.vote and not isinstance(trained.model, script.NeighbourVote):
-        raise script.UsageError(f"--vote: {given.checkpoint} remembers no training images; leave it out")
-    given.output_dir.mkdir(parents=True, exist_ok=True)
+    if given.vote and not isinstance(trained.model, KNNClassifier):
+        raise UsageError(f"--vote: {given.checkpoint} has no nearest-neighbour vote; leave it out")
+    files.make_output_folder(given.output_dir, ["model.onnx", "model.json", "model.int8.onnx"])
     size, model = trained.statistics.size, Exported(trained, given.vote).eval()
     content = to_onnx(model, size)
     compared = compare(model, content, size)
-    with script.whole_file(given.output_dir / "model.onnx") as temporary:
+    with files.atomic_write(given.output_dir / "model.onnx") as temporary:
         temporary.write_bytes(content)
     about = {"classes": trained.classes, "size": size, "input": "ink", "output": "probabilities",
              "preparation": [
-                 f"grey levels 0 to 255; transparent pixels are paper, which is {trained.statistics.paper} here",
-                 "ink = |grey - paper| / 255, so that paper is 0 and full ink 1",
-                 f"scaled so that the longer side is {size}, bilinear, and centred on a square of paper"],
+                 f"grey levels 0 to 255; transparent pixels are background, here {trained.statistics.background}",
+                 "ink = |grey - background| / 255, so that background is 0 and full ink 1",
+                 f"scaled so that the longer side is {size}, bilinear, and centred on a square of background"],
              "image_statistics": dataclasses.asdict(trained.statistics), "metrics": own_metrics(trained, given.vote)}
-    with script.whole_file(given.output_dir / "model.json") as temporary:
+    with files.atomic_write(given.output_dir / "model.json") as temporary:
         temporary.write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     print(f"wrote model.onnx ({len(content) / 1e6:.1f} MB) and model.json in {given.output_dir.resolve()}; {compared}")
     if given.int8:
-        print(write_int8(trained.alone, content, given))
+        print(write_int8(content, given))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.export", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--output-dir", type=Path, default=Path("."), help="folder of model.onnx and model.json")
-    parser.add_argument("--vote", action="store_true", help="with the training images that vote beside the network")
-    parser.add_argument("--int8", action="store_true", help="also in 8-bit integers; needs the data it was trained on")
-    parser.add_argument("--data-dir", type=Path, default=Path("."), help="int8: the competition's folder")
-    parser.add_argument("--cache-dir", default="", help="int8: folder of decoded images")
+    """Run the command line and return the exit status."""
+    parser = make_parser("tools.export", __doc__, "output_dir", "cache_dir", **OF_CHECKPOINT)
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of script.py")
+    parser.add_argument("--vote", action="store_true", help="include the nearest-neighbour vote")
+    parser.add_argument("--int8", action="store_true", help="also in 8-bit integers; reads the training table")
     given = parser.parse_args(argv)
-    return script.exit_status(lambda _: export(given), "nothing was written")
+    return exit_status(lambda _: export(given), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""Draw the sample competition: mathematical symbols as five typefaces know them, bent as a hand would bend them.
+"""Draw the sample competition: mathematical symbols of five typefaces, distorted like handwriting.
 
-    python -m tools.make_sample [OUT]       writes train.csv, test.csv, classes.csv and Dataset_Image/ (default: here)
+    python -m tools.make_sample [--output-dir .]
+
+Writes train.csv, test.csv, classes.csv and Dataset_Image/.
 
 Each symbol carries its id from HASYv2, so the ids have gaps as in the real competition. An image starts as the outline
 of a mathtext glyph (cm, stix, stixsans, dejavusans, dejavuserif) and gets its own slant, rotation, proportions, elastic
 warp, jitter and stroke width; it is cropped to its ink and drawn at 32x32, black on white. File names and row order
-are shuffled, so that they say nothing of the label. The same versions of the packages write the same bytes.
+are shuffled, so that they do not give the label away. The same versions of the packages write the same bytes.
 """
 
-import argparse
 import io
 import pathlib
 import sys
@@ -23,7 +24,9 @@ from matplotlib.textpath import TextPath
 from matplotlib.transforms import IdentityTransform
 from PIL import Image
 
-import script
+from pipeline.errors import UsageError
+from pipeline.signals import exit_status
+from tools.common import make_parser
 
 SYMBOLS = {
     31: "A", 34: "D", 46: "P", 49: "S", 59: r"\rightarrow", 72: "2", 73: "3", 74: "4", 76: "6", 78: "8", 81: r"\pi",
@@ -40,18 +43,18 @@ SEED = 20
 
 
 def glyph(latex: str, typeface: str) -> Path:
-    """The outline of a symbol in a typeface, its rings cut into short pieces that can be bent."""
+    """Return the outline of a symbol in a typeface, its rings cut into short pieces that can be bent."""
     outline = TextPath((0, 0), f"${latex}$", size=100, prop=FontProperties(math_fontfamily=typeface))
     rings = [Path(ring).interpolated(3).vertices for ring in outline.to_polygons()]
     return Path.make_compound_path(*(Path(ring, closed=True) for ring in rings))
 
 
 def bend(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Points [N, 2] in -1..1 after a hand's slant, rotation, proportions, elastic warp and jitter."""
+    """Return points [N, 2] in -1..1 after a random slant, rotation, stretch, elastic warp and jitter."""
     angle, slant = np.radians(rng.normal(0, 9)), rng.normal(0, 0.2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     points = points @ np.array([[1, 0], [slant, 1]]) @ turn.T * rng.uniform(0.75, 1.25, size=2)
-    for length in (2.5, 1.2, 0.7):  # waves across the page, the shorter the weaker
+    for length in (2.5, 1.2, 0.7):  # waves across the image, the shorter the weaker
         wave = rng.normal(0, 1, (2, 2)) * np.pi / length
         phase = rng.uniform(0, 2 * np.pi, 2)
         points = points + rng.normal(0, 0.05 * length, 2) * np.sin(points @ wave.T + phase)
@@ -59,7 +62,7 @@ def bend(points: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(path: Path, width: float) -> np.ndarray:
-    """Grey levels 0..255 of a path that is filled, then outlined: in ink to thicken (width > 0), in paper to thin."""
+    """Return grey levels 0..255 of a path that is filled, then outlined: in ink (width > 0) or in background."""
     renderer = RendererAgg(SIZE * FINE, SIZE * FINE, 72)
     white, ink = (1.0, 1.0, 1.0), (0.0, 0.0, 0.0)
     context = renderer.new_gc()
@@ -70,11 +73,11 @@ def draw(path: Path, width: float) -> np.ndarray:
     context.set_linewidth(abs(width))
     renderer.draw_path(context, path, IdentityTransform(), None)
     rgba = np.asarray(renderer.buffer_rgba()).astype(float)
-    return 255 - rgba[..., 3] + rgba[..., 3] / 255 * rgba[..., 0]  # what was never drawn on is transparent: paper
+    return 255 - rgba[..., 3] + rgba[..., 3] / 255 * rgba[..., 0]  # what was never drawn on is transparent
 
 
 def handwritten(path: Path, rng: np.random.Generator) -> Image.Image:
-    """One image of a symbol: bent, fitted to its box with a little room, binarised."""
+    """Return one image of a symbol: bent, fitted to its box with a small margin, binarised."""
     box = path.get_extents()
     middle, half = np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]), max(box.width, box.height) / 2
     points = bend((path.vertices - middle) / half, rng)
@@ -88,7 +91,7 @@ def handwritten(path: Path, rng: np.random.Generator) -> Image.Image:
 
 
 def draw_all() -> pd.DataFrame:
-    """A row for each image: its label, its split and the image."""
+    """Return a row for each image: its label, whether it is for training, and the image."""
     rows = []
     for label, latex in SYMBOLS.items():
         paths = [glyph(latex, typeface) for typeface in TYPEFACES]
@@ -98,16 +101,8 @@ def draw_all() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["label", "train", "image"])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tools.make_sample", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=pathlib.Path, nargs="?", default=pathlib.Path("."))
-    out = parser.parse_args().out
-    sys.exit(script.exit_status(lambda _: write_sample(out), "the sample is not whole"))
-
-
-def write_sample(out: pathlib.Path) -> None:
-    """Draw the sample and write it, where nothing else stands."""
+def write_sample(folder: pathlib.Path) -> None:
+    """Draw the sample and write it. Raises UsageError if a file is there already, with other content."""
     with matplotlib.rc_context({"path.simplify": False, "agg.path.chunksize": 0}):
         table = draw_all().sample(frac=1, random_state=SEED, ignore_index=True)
     table["image_path"] = [f"{number:04d}.png" for number in range(len(table))]
@@ -121,13 +116,19 @@ def write_sample(out: pathlib.Path) -> None:
               "classes.csv": pd.DataFrame({"label": SYMBOLS.keys(), "latex": SYMBOLS.values()})}
     files |= {name: own.to_csv(index=False).encode() for name, own in tables.items()}
     for name, content in files.items():
-        if (out / name).exists() and (out / name).read_bytes() != content:
-            raise script.UsageError(f"{out / name}: is there already, with other content; name another folder")
+        if (folder / name).exists() and (folder / name).read_bytes() != content:
+            raise UsageError(f"{folder / name}: is there already, with other content; name another --output-dir")
     for name, content in files.items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        (out / name).write_bytes(content)
-    print(f"wrote {len(table)} images of {len(SYMBOLS)} symbols to {out.resolve()}")
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    print(f"wrote {len(table)} images of {len(SYMBOLS)} symbols to {folder.resolve()}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit status."""
+    given = make_parser("tools.make_sample", __doc__, "output_dir").parse_args(argv)
+    return exit_status(lambda _: write_sample(given.output_dir), "the sample is not complete")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

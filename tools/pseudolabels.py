@@ -1,12 +1,12 @@
-"""Label the test rows that saved probabilities are sure of, to be trained on.
+"""Label the test rows that a network is sure of, to train on them.
 
     python script.py predict a.pth b.pth --data-dir COMPETITION --save-probabilities
-    python -m tools.pseudolabels test_probabilities.npz --data-dir COMPETITION [--least 0.95] [--output extra.csv]
+    python -m tools.pseudolabels test_probabilities.npz --data-dir COMPETITION [--least 0.95] [--output-dir .]
     python script.py --data-dir COMPETITION --extra-csv "$PWD/extra.csv" --extra-weight 0.5
 
-Joins the test table with the probabilities by id, and writes each row whose likeliest class has at least that
-probability: image_path and label, or label and pixels where the table holds pixels. What a network is surely wrong
-about is learnt with the rest (Lee, "Pseudo-Label", 2013): compare the validation accuracy with and without.
+Joins the test table with the probabilities by id, and writes extra.csv: each row whose most likely class has at least
+the probability `--least`, as image_path and label, or as label and pixels if the table holds pixels. Confident mistakes
+are learnt with the rest (Lee, "Pseudo-Label", 2013): compare the validation accuracy with and without.
 """
 
 import argparse
@@ -17,10 +17,18 @@ import numpy as np
 import pandas as pd
 
 import script
+from pipeline import ensemble, files
+from pipeline.cli import from_text
+from pipeline.errors import DataError
+from pipeline.signals import exit_status
+from pipeline.tables import Table, read_test_table
+from tools.common import make_parser
+
+OUTPUT = "extra.csv"
 
 
-def label_rows(table: script.Table, labels: np.ndarray, rows: np.ndarray) -> pd.DataFrame:
-    """These rows of a test table with their labels [rows], as a training table of the same kind."""
+def label_rows(table: Table, labels: np.ndarray, rows: np.ndarray) -> pd.DataFrame:
+    """Return rows of a test table with their labels [rows], as a training table of the same kind."""
     if table.pixels is None:
         return pd.DataFrame({"image_path": table.rows.image_path.iloc[rows], "label": labels})
     pixels = table.pixels[rows].reshape(len(rows), -1)
@@ -30,7 +38,7 @@ def label_rows(table: script.Table, labels: np.ndarray, rows: np.ndarray) -> pd.
 
 
 def describe(classes: list[str], answers: np.ndarray, rows: int, least: float) -> str:
-    """How many rows are sure, and how unevenly the classes are met by their `answers` [n]."""
+    """Return how many of the rows are labelled, and how unevenly over the classes, by their class numbers [n]."""
     counts = np.bincount(answers, minlength=len(classes))
     fewest, without = counts.argmin(), (counts == 0).sum()
     text = f"{len(answers):,} of {rows:,} rows have a class of at least {least:g}; "
@@ -40,43 +48,40 @@ def describe(classes: list[str], answers: np.ndarray, rows: int, least: float) -
 
 
 def write_labels(given: argparse.Namespace) -> None:
-    """Write the table of the sure rows."""
+    """Write the table of the rows that the probabilities are sure of."""
     config = script.Config(data_dir=given.data_dir, train_csv=given.train_csv, test_csv=given.test_csv,
                            cache_dir=given.cache_dir, root_dir=given.root_dir)
-    script.check_not_read(given.output.parent, [given.output.name],
-                          [*script.input_files(config), given.probabilities])
-    saved, table = script.read_probabilities(given.probabilities), script.read_test_table(config)
-    probabilities = saved["probabilities"][script.match_ids(given.probabilities, saved["ids"], table)]
-    rows = np.setdiff1d(np.flatnonzero(probabilities.max(axis=1) >= given.least), table.bad)
+    files.check_not_overwritten(given.output_dir, [OUTPUT], [*config.inputs, given.probabilities])
+    path = files.make_output_folder(given.output_dir, [OUTPUT]) / OUTPUT
+    saved, table = ensemble.read_probabilities(given.probabilities), read_test_table(config.test_source)
+    probabilities = saved["probabilities"][ensemble.match_ids(given.probabilities, saved["ids"], table)]
+    rows = np.setdiff1d(np.flatnonzero(probabilities.max(axis=1) >= given.least), table.bad_rows)
     if not len(rows):
-        raise script.DataError(f"{given.probabilities}: no row has a class of at least {given.least:g}, the highest is "
-                               f"{probabilities.max():.3f}; name a lower --least")
+        raise DataError(f"{given.probabilities}: no row has a class of at least {given.least:g}, the highest is "
+                        f"{probabilities.max():.3f}; name a lower --least")
     answers = probabilities[rows].argmax(axis=1)
-    with script.whole_file(given.output) as temporary:
+    with files.atomic_write(path) as temporary:
         label_rows(table, saved["classes"][answers], rows).to_csv(temporary, index=False)
     print(f"{describe(saved['classes'].tolist(), answers, len(table), given.least)}\n"
-          f"wrote {given.output}; train on it with --extra-csv {given.output.resolve()}")
+          f"wrote {path}; train on it with --extra-csv {path.resolve()}")
 
 
 def share(text: str) -> float:
-    """A probability above 0, for argparse."""
-    value = script.from_text(float, text)
+    """Return a probability above 0, for argparse."""
+    value = from_text(float, text)
     if not isinstance(value, float) or not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text}")
     return value
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.pseudolabels", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line and return the exit status."""
+    parser = make_parser("tools.pseudolabels", __doc__, "data_dir", "train_csv", "test_csv", "root_dir", "cache_dir",
+                         "output_dir")
     parser.add_argument("probabilities", type=Path, help="test_probabilities.npz of script.py --save-probabilities")
-    for name in ("data_dir", "train_csv", "test_csv", "root_dir", "cache_dir"):
-        parser.add_argument("--" + name.replace("_", "-"), default=getattr(script.Config, name),
-                            help="as for script.py")
-    parser.add_argument("--least", type=share, default=0.95, help="probability of the likeliest class (0.95)")
-    parser.add_argument("--output", type=Path, default=Path("extra.csv"), help="table to write (extra.csv)")
+    parser.add_argument("--least", type=share, default=0.95, help="least probability of the most likely class (0.95)")
     given = parser.parse_args(argv)
-    return script.exit_status(lambda _: write_labels(given), "nothing was written")
+    return exit_status(lambda _: write_labels(given), "nothing was written")
 
 
 if __name__ == "__main__":

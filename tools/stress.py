@@ -1,11 +1,11 @@
-"""Measure what a trained network stands: accuracy on validation images that are changed more and more.
+"""Measure a trained network's accuracy on validation images that are changed more and more.
 
-    python -m tools.stress best_model.pth [more.pth ...] --data-dir COMPETITION [--rows 2000] [--output-dir .]
+    python -m tools.stress best_model.pth [more.pth ...] [--data-dir COMPETITION] [--rows 2000] [--output-dir .]
 
-The changes are those that hurt handwriting: strokes thicker and thinner, turned, moved, erased, noise; and FGSM, which
-moves every pixel against the network by its gradient (arXiv:1412.6572; that of the first checkpoint, asked alone
-without its neighbours). Several checkpoints are averaged, as `script.py predict` does. The same rows, and the same draw
-of noise and places, for every strength. Writes stress.csv and stress.png, and prints the table.
+The changes are strokes made thicker and thinner, rotation, translation, erasing and noise; and FGSM, which moves every
+pixel against the network by its gradient (arXiv:1412.6572; the gradient is that of the first checkpoint without its
+nearest-neighbour vote). Several checkpoints are averaged, as by `script.py predict`. All strengths use the same rows,
+and the same draws of noise and places. Writes stress.csv and stress.png, and prints the table.
 """
 
 import argparse
@@ -20,19 +20,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import script
+from pipeline import files, plots
+from pipeline.errors import UsageError
+from pipeline.metrics import score
+from pipeline.signals import exit_status
+from pipeline.tables import Table
+from tools.common import OF_CHECKPOINT, make_parser, open_validation, predict_each, select_rows
 
-Change = Callable[[Tensor, float], Tensor]  # ink [B, 1, S, S], 0 to 1, and a strength, to ink alike
+Change = Callable[[Tensor, float], Tensor]  # ink [B, 1, S, S] in 0..1 and a strength to changed ink
+
+
+def dilate(ink: Tensor) -> Tensor:
+    """Return ink with strokes a pixel wider at each side."""
+    return F.max_pool2d(ink, 3, 1, 1)
+
+
+def erode(ink: Tensor) -> Tensor:
+    """Return ink with strokes a pixel narrower at each side, also at the edge of the image."""
+    return -F.max_pool2d(-F.pad(ink, (1, 1, 1, 1)), 3, 1)
 
 
 def thicken(ink: Tensor, pixels: float) -> Tensor:
-    """Strokes so many pixels wider at each side, a part of a pixel as a blend; below 0 thinner."""
+    """Return ink with strokes so many pixels wider at each side (below 0 narrower); parts of a pixel are blends."""
     for left in np.arange(abs(pixels), 0, -1):
-        ink = torch.lerp(ink, script.thicker(ink) if pixels > 0 else script.thinner(ink), float(min(left, 1.0)))
+        ink = torch.lerp(ink, dilate(ink) if pixels > 0 else erode(ink), float(min(left, 1.0)))
     return ink
 
 
 def move(ink: Tensor, degrees: float = 0.0, pixels: float = 0.0) -> Tensor:
-    """Turned by so many degrees; moved by so many pixels to a side that goes round with the rows; paper comes in."""
+    """Return ink rotated by so many degrees, and moved by so many pixels: each row to the next of the four sides."""
     count, side = len(ink), ink.shape[-1]
     angle, towards = np.radians(degrees), torch.arange(count) * (np.pi / 2)
     grid = torch.tensor([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]], dtype=torch.float32)
@@ -42,7 +58,7 @@ def move(ink: Tensor, degrees: float = 0.0, pixels: float = 0.0) -> Tensor:
 
 
 def erase(ink: Tensor, share: float) -> Tensor:
-    """A square of so large a share of the picture is paper, somewhere."""
+    """Return ink with a random square of this share of the image set to background."""
     side, places = ink.shape[-1], torch.rand(2, len(ink), generator=torch.Generator().manual_seed(0))
     extent, line = side * share**0.5, torch.arange(side) + 0.5
     low = places * (side - extent)
@@ -51,7 +67,7 @@ def erase(ink: Tensor, share: float) -> Tensor:
 
 
 def add_noise(ink: Tensor, share: float) -> Tensor:
-    """So large a share of the pixels turns to its opposite."""
+    """Return ink with this share of the pixels inverted."""
     chosen = torch.rand(ink.shape, generator=torch.Generator().manual_seed(0)) < share
     return torch.where(chosen, 1 - ink, ink)
 
@@ -59,23 +75,33 @@ def add_noise(ink: Tensor, share: float) -> Tensor:
 CHANGES: dict[str, tuple[str, Change, list[float]]] = {
     "thicker": ("pixels at each side", thicken, [0.5, 1, 1.5, 2]),
     "thinner": ("pixels at each side", lambda ink, pixels: thicken(ink, -pixels), [0.25, 0.5, 0.75, 1]),
-    "turned": ("degrees", lambda ink, degrees: move(ink, degrees=degrees), [5, 10, 20, 30]),
-    "turned back": ("degrees", lambda ink, degrees: move(ink, degrees=-degrees), [5, 10, 20, 30]),
+    "rotated": ("degrees", lambda ink, degrees: move(ink, degrees=degrees), [5, 10, 20, 30]),
+    "rotated back": ("degrees", lambda ink, degrees: move(ink, degrees=-degrees), [5, 10, 20, 30]),
     "moved": ("pixels", lambda ink, pixels: move(ink, pixels=pixels), [1, 2, 3, 4]),
-    "erased": ("share of the picture", erase, [0.05, 0.1, 0.2, 0.3]),
+    "erased": ("share of the image", erase, [0.05, 0.1, 0.2, 0.3]),
     "noise": ("share of the pixels", add_noise, [0.01, 0.02, 0.05, 0.1]),
 }
 FGSM = ("share of full ink", [0.02, 0.05, 0.1, 0.2])
 
 
 def to_pixels(ink: Tensor) -> np.ndarray:
-    """Ink 0 to 1 as uint8."""
+    """Return ink 0..1 as uint8."""
     return (ink.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
 
 
-def gradient_signs(trained: script.Trained, ink: Tensor, targets: np.ndarray) -> Tensor:
-    """Which way each pixel of ink [B, 1, S, S] has to go for the network, asked alone, to lose most."""
-    network, signs = trained.alone.model.eval(), []
+def some_rows(dataset: script.MathSymbolDataset, rows: np.ndarray) -> script.MathSymbolDataset:
+    """Return a dataset of some rows only."""
+    return make_dataset(dataset, select_rows(dataset.table, rows), dataset.ink(rows)[:, None])
+
+
+def make_dataset(like: script.MathSymbolDataset, table: Table, images: np.ndarray) -> script.MathSymbolDataset:
+    """Return a dataset of other rows or images, uint8 [N, 1, S, S], for the same network."""
+    return script.MathSymbolDataset(table, like.config, like.classes, like.statistics, like.runtime, images)
+
+
+def gradient_signs(trained: script.TrainedModel, ink: Tensor, targets: np.ndarray) -> Tensor:
+    """Return the sign of the gradient of the loss by each pixel of ink [B, 1, S, S], without the vote."""
+    network, signs = trained.without_knn.model.eval(), []
     for rows in torch.arange(len(ink)).split(256):
         part = ink[rows].clone().requires_grad_()
         logits = network(script.to_input(part * 255.0, trained.config))
@@ -84,38 +110,36 @@ def gradient_signs(trained: script.Trained, ink: Tensor, targets: np.ndarray) ->
     return torch.cat(signs)
 
 
-def stress(members: list[script.Trained], datasets: list[script.MathSymbolDataset], targets: np.ndarray,
-           runtime: script.Runtime) -> pd.DataFrame:
-    """Accuracy and loss by change and strength; the first row is that of the unchanged images."""
-    inks = [dataset.images.cpu().float() / 255 for dataset in datasets]
+def stress(networks: list[script.TrainedModel], datasets: list[script.MathSymbolDataset]) -> pd.DataFrame:
+    """Return accuracy and loss by change and strength; the first row is that of the unchanged images."""
+    inks, targets = [dataset.images.cpu().float() / 255 for dataset in datasets], datasets[0].targets
 
-    def judge(change: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        changed = [script.MathSymbolDataset(to_pixels(change(ink)), None, runtime) for ink in inks]
-        figures = script.score(script.ensemble_predict(members, changed, runtime), targets)
+    def measure(change: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        changed = [make_dataset(dataset, dataset.table, to_pixels(change(ink))) for dataset, ink in zip(datasets, inks)]
+        figures = score(sum(predict_each(networks, changed)) / len(networks), targets)
         return {"accuracy": figures["val_accuracy"], "loss": figures["val_loss"]}
 
-    rows = [{"change": "none", "unit": "", "strength": 0.0, **judge(lambda ink: ink)}]
+    rows = [{"change": "none", "unit": "", "strength": 0.0, **measure(lambda ink: ink)}]
     for name, (unit, change, strengths) in CHANGES.items():
         rows += [{"change": name, "unit": unit, "strength": strength,
-                  **judge(lambda ink, change=change, strength=strength: change(ink, strength))}
+                  **measure(lambda ink, change=change, strength=strength: change(ink, strength))}
                  for strength in strengths]
-    for member in members:  # the device of prediction may be another
-        member.model.cpu()
-    signs = gradient_signs(members[0], inks[0], targets)
+    networks[0].model.cpu()  # the device of prediction may be another
+    signs = gradient_signs(networks[0], inks[0], targets)
     for strength in FGSM[1]:
-        rows.append({"change": "FGSM", "unit": FGSM[0], "strength": strength, **judge(
+        rows.append({"change": "FGSM", "unit": FGSM[0], "strength": strength, **measure(
             lambda ink, strength=strength: ink + strength * F.interpolate(signs, size=ink.shape[2:]))})
     return pd.DataFrame(rows)
 
 
 def plot_stress(path: Path, table: pd.DataFrame, ink: Tensor) -> None:
-    """A panel for each change: accuracy by strength, and one image at the greatest."""
+    """Draw a panel for each change: accuracy by strength, and one image at the largest."""
     plain, changes = table.accuracy.iloc[0], [name for name in table.change.unique() if name != "none"]
     columns = 4
-    figure, axes = script.new_figure(14, 3.6 * -(-len(changes) // columns), columns, -(-len(changes) // columns))
+    figure, axes = plots.new_figure(14, 3.6 * -(-len(changes) // columns), columns, -(-len(changes) // columns))
     for axis, name in zip(axes.flat, changes):
         part = table[table.change == name]
-        axis.plot([0, *part.strength], [plain, *part.accuracy], "o-", color="#4477aa")
+        axis.plot([0, *part.strength], [plain, *part.accuracy], "o-", color=plots.BLUE)
         axis.set(title=name, xlabel=part.unit.iloc[0], ylim=(0, 1.4), yticks=np.arange(0, 1.1, 0.2))
         axis.yaxis.set_major_formatter("{x:.0%}")
         axis.grid(alpha=0.3)
@@ -126,26 +150,23 @@ def plot_stress(path: Path, table: pd.DataFrame, ink: Tensor) -> None:
             inset.set(xticks=[], yticks=[])
     for axis in list(axes.flat)[len(changes):]:
         axis.set_axis_off()
-    figure.suptitle("Accuracy on changed validation images; inset: one at the greatest strength")
-    script.save_figure(path, figure)
+    figure.suptitle("Accuracy on changed validation images; inset: one at the largest strength")
+    plots.save_figure(path, figure)
 
 
 def report(given: argparse.Namespace) -> None:
-    """Print the table, write and draw it."""
+    """Print the table, write it and draw it."""
     if given.rows < 1:
-        raise script.UsageError(f"--rows must be 1 or more, not {given.rows}")
-    config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir, output_dir=given.output_dir)
-    folder, members = script.output_folder(config), [script.load_checkpoint(path) for path in given.checkpoints]
-    runtime = script.runtime_of(members, config)
-    question, targets = script.validation_question(members, config, runtime)
-    rows = np.random.default_rng(0).permutation(len(targets))[: given.rows]
-    question.rows = question.rows[rows]
-    datasets = [question.dataset(member.statistics) for member in members]
-    table = stress(members, datasets, targets[rows], runtime)
-    with script.whole_file(folder / "stress.csv") as temporary:
+        raise UsageError(f"--rows must be 1 or more, not {given.rows}")
+    folder = files.make_output_folder(given.output_dir, ["stress.csv", "stress.png"])
+    networks, datasets = open_validation(given.checkpoints, given)
+    rows = np.random.default_rng(0).permutation(len(datasets[0]))[: given.rows]
+    datasets = [some_rows(dataset, rows) for dataset in datasets]
+    table = stress(networks, datasets)
+    with files.atomic_write(folder / "stress.csv") as temporary:
         table.to_csv(temporary, index=False)
     plot_stress(folder / "stress.png", table, datasets[0].images.cpu().float() / 255)
-    print(f"{len(rows):,} validation rows, {len(members)} network{'s' if len(members) > 1 else ''}\n"
+    print(f"{len(rows):,} validation rows, {len(networks)} network{'s' if len(networks) > 1 else ''}\n"
           "| change | strength | accuracy | loss |\n|---|--:|--:|--:|")
     for row in table.itertuples():
         strength = f"{row.strength:g} {row.unit}" if row.unit else ""
@@ -154,15 +175,12 @@ def report(given: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tools.stress", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Run the command line and return the exit status."""
+    parser = make_parser("tools.stress", __doc__, "cache_dir", "output_dir", **OF_CHECKPOINT)
     parser.add_argument("checkpoints", type=Path, nargs="+", help="checkpoints of script.py; several are averaged")
-    parser.add_argument("--data-dir", default=".", help="folder of the table that they were trained on")
-    parser.add_argument("--cache-dir", default="", help="folder of the decoded images, as for script.py")
-    parser.add_argument("--output-dir", default=".", help="folder of stress.csv and stress.png")
-    parser.add_argument("--rows", type=int, default=2000, help="how many validation rows (2000)")
+    parser.add_argument("--rows", type=int, default=2000, help="largest number of validation rows (2000)")
     given = parser.parse_args(argv)
-    return script.exit_status(lambda _: report(given), "nothing was written")
+    return exit_status(lambda _: report(given), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,249 @@
+"""Building blocks, networks from [B, 1, S, S] to logits [B, classes] whose last child is `head`, and their weights."""
+
+import copy
+import difflib
+import itertools
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline.errors import DataError, UsageError, first_line, warn
+from pipeline.files import load_tensors, load_verified
+from pipeline.splits import SplitSettings
+
+
+def conv_bn(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """Return a convolution with batch norm, which makes a bias superfluous."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False),
+                         nn.BatchNorm2d(outputs))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with a shortcut (arXiv:1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.first = conv_bn(inputs, outputs, stride=stride)
+        self.second = conv_bn(outputs, outputs)
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else conv_bn(inputs, outputs, kernel=1, stride=stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output; its input is added before the last ReLU."""
+        return F.relu(self.second(F.relu(self.first(x), inplace=True)) + self.shortcut(x), inplace=True)
+
+
+class SqueezeExcitation(nn.Module):
+    """Scales each channel by a gate in 0..1 computed from the means of all channels (arXiv:1709.01507)."""
+
+    def __init__(self, channels: int, squeezed: int):
+        super().__init__()
+        self.gate = nn.Sequential(nn.Linear(channels, squeezed), nn.ReLU(inplace=True),
+                                  nn.Linear(squeezed, channels), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gated channels [B, C, H, W]."""
+        return x * self.gate(x.mean(dim=(2, 3)))[:, :, None, None]
+
+
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """Adaptive average pooling that returns an input of the target size as it is, without cost."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the pooled features [B, C, size, size]."""
+        return x if x.shape[-2:] == (self.output_size, self.output_size) else super().forward(x)
+
+
+def global_pool() -> nn.Sequential:
+    """Return global average pooling: [B, C, H, W] to [B, C]."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class Normalize(nn.Module):
+    """Subtracts an offset and divides by a scale, for all pixels together or for each; measured before training."""
+
+    def __init__(self, *size: int):
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(size))
+        self.register_buffer("scale", torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the normalised images."""
+        return (x - self.offset) / self.scale
+
+    def measure(self, batches: Iterable[Tensor], normalize: str) -> None:
+        """Measure "standard" (mean and deviation of all pixels) or "min-max" (each pixel's range) on images."""
+        count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+        for ink in (batch.cpu() for batch in batches):  # MPS has no float64
+            count, total = count + ink.numel(), total + ink.double().sum()
+            squares = squares + ink.double().square().sum()
+            low, high = ink.amin(dim=0, keepdim=True).clamp(max=low), ink.amax(dim=0, keepdim=True).clamp(min=high)
+        if normalize == "standard":
+            low = total / count
+            high = low + (squares / count - low**2).clamp(min=0).sqrt()
+        self.offset.copy_(low)  # a pixel that never changes keeps scale 1
+        self.scale.copy_((high - low).where(high > low, 1.0))
+
+
+class DigitCNN(nn.Sequential):
+    """Three convolution blocks with pooling and dropout, global average pooling and a hidden layer of 512."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.25):
+        super().__init__()
+        for number, (inputs, width) in enumerate(itertools.pairwise((1, 32, 64, 128)), start=1):
+            self.add_module(f"block{number}", nn.Sequential(
+                conv_bn(inputs, width), nn.ReLU(inplace=True), conv_bn(width, width),
+                nn.MaxPool2d(2, ceil_mode=True), nn.ReLU(inplace=True), nn.Dropout2d(dropout)))
+        self.pool = global_pool()
+        self.hidden = nn.Sequential(nn.Linear(128, 512), nn.BatchNorm1d(512), nn.ReLU(inplace=True))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(512, num_classes))
+
+
+class DigitMLP(nn.Sequential):
+    """Two hidden layers, of 256 and 128, on the pixels."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.0, inputs: int = 784):
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.hidden1 = nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(inplace=True))
+        self.hidden2 = nn.Sequential(nn.Linear(256, 128), nn.ReLU(inplace=True))
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(128, num_classes))
+
+
+class TinyCNN(nn.Sequential):
+    """A digit network of fewer than 8,000 parameters: narrow 3x3 convolutions and global average pooling."""
+
+    def __init__(self, num_classes: int, dropout: float = 0.0):
+        super().__init__()
+
+        for number, (inputs, width) in enumerate(itertools.pairwise((1, 8, 16, 16, 16, 12)), start=1):
+            pool = [nn.MaxPool2d(2, ceil_mode=True)] if number in (2, 4) else []
+            self.add_module(f"conv{number}", nn.Sequential(conv_bn(inputs, width), *pool, nn.ReLU(inplace=True)))
+        self.pool = global_pool()
+        self.head = nn.Sequential(nn.Dropout(dropout), nn.Linear(12, num_classes))
+
+
+def check_model_name(name: str, own: list[str]) -> None:
+    """Raise ValueError, with the nearest known ones, for a name that is not among `own` or torchvision's."""
+    if name in own:
+        return
+    import torchvision
+
+    known = [*own, *(f"torchvision:{model}" for model in torchvision.models.list_models(module=torchvision.models))]
+    if name not in known:
+        near = difflib.get_close_matches(name if ":" in name else f"torchvision:{name}", known, 5)
+        raise ValueError(f"model must be one of {', '.join(own)} or torchvision's, not {name!r}"
+                         + (f"; near it are {', '.join(near)}" if near else ""))
+
+
+def torchvision_network(name: str, num_classes: int, image_size: int, dropout: float,
+                        weights: dict | None = None) -> nn.Module:
+    """Return torchvision's network, started from its state dict `weights`, for one channel and with a new `head`."""
+    import torchvision
+
+    options = {"image_size": image_size} if name.startswith("vit_") else {}
+    if name in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": weights is None}
+    try:
+        network = torchvision.models.get_model(name, **options)
+    except (AssertionError, ValueError) as error:  # a size that is not a multiple of a transformer's patch
+        raise UsageError(_size_fault(f"torchvision:{name}", image_size, error)) from None
+    if weights is not None:
+        network.load_state_dict({key: value for key, value in weights.items() if not key.lower().startswith("aux")})
+    stem = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    linear = {place: layer for place, layer in network.named_modules() if isinstance(layer, nn.Linear)}
+    last = next((place for place, layer in reversed(linear.items()) if layer.out_features == 1000), None)
+    if last is None:
+        raise UsageError(f"--model torchvision:{name} has no last linear layer to replace; choose another model")
+    stem.in_channels, stem.weight = 1, nn.Parameter(stem.weight.detach().sum(dim=1, keepdim=True))  # of three colours
+    head = nn.Sequential(nn.Dropout(dropout), nn.Linear(linear[last].in_features, num_classes))
+    network.set_submodule(last, nn.Identity())
+    return nn.Sequential(OrderedDict(body=network, head=head))
+
+
+def load_initial_weights(model: nn.Module, weights: str, name: str, classes: list[str], image_size: int,
+                         split: SplitSettings) -> None:
+    """Start a network from a checkpoint, from torchvision's download ("torchvision") or from a file of torchvision's.
+
+    Its last layer keeps its own weights if the classes differ. Warns if the checkpoint was trained on rows that
+    validate by `split`. Raises DataError with every remedy.
+    """
+    remedy, original = "name a checkpoint of this model with --weights FILE", name.removeprefix("torchvision:")
+    if original != name:
+        remedy = (f"name a file with torchvision's weights of {original} with --weights FILE (as they are at "
+                  "download.pytorch.org/models), or let --weights torchvision download them where there is a network")
+    elif weights == "torchvision":
+        raise UsageError(f"--weights torchvision: torchvision has none for --model {name}; {remedy}")
+    try:
+        state, own = _initial_state(weights, name, classes, image_size, split), model.state_dict()
+        others = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
+        others += [key for key in own if key not in state and not key.startswith(("head.", "normalize."))]
+        if others:
+            raise ValueError(f"it is of another network, with another {others[0]}")
+        model.load_state_dict(state, strict=False)
+    except Exception as error:  # urllib, pickle and torch each raise their own types
+        fault = " ".join(str(error).split()[:40])  # torch names the layer that does not fit in a second line
+        raise DataError(f"--weights {weights}: cannot be used ({type(error).__name__}: {fault}); {remedy}") from None
+
+
+def _initial_state(weights: str, name: str, classes: list[str], image_size: int, split: SplitSettings) -> dict:
+    """Return the state dict to start from, without the layers that the new network has of its own."""
+    original = name.removeprefix("torchvision:")
+    if weights == "torchvision":
+        import torchvision
+
+        state = torchvision.models.get_model_weights(original).DEFAULT.get_state_dict(progress=False, check_hash=True)
+    else:
+        state = load_tensors(weights)
+    if "classes" in state:  # a checkpoint of ours
+        state = load_verified(weights)
+        same = state["classes"] == classes
+        other = SplitSettings(**{field: state["config"][field] for field in vars(split)})
+        if same and other.effective() != split.effective() and split.train_val_split < 1:
+            warn(f"--weights {weights}: was trained with {other.describe()}; if on these images, it has seen rows that "
+                 "validate now, and their accuracy is too high")
+        left_out = ("normalize.",) if same else ("normalize.", "head.")
+        return {key: value for key, value in state["model"].items() if not key.startswith(left_out)}
+    if original == name:
+        raise ValueError("it is not a checkpoint of script.py")
+    network = torchvision_network(original, len(classes), image_size, 0.0, state)
+    return {key: value for key, value in network.state_dict().items() if key.startswith("body.")}
+
+
+def freeze_body(model: nn.Module, frozen: bool) -> None:
+    """Train only the last layer of a model, or all. Frozen layers keep their batch statistics too."""
+    for layer in list(model.children())[:-1]:
+        layer.requires_grad_(not frozen)
+        layer.train(not frozen)
+
+
+def with_normalization(network: nn.Module, normalize: str, image_size: int) -> nn.Module:
+    """Return the network, with a Normalize layer of one value ("standard") or one per pixel ("min-max") in front."""
+    if normalize == "none":
+        return network
+    side = image_size if normalize == "min-max" else 1
+    return nn.Sequential(OrderedDict([("normalize", Normalize(1, 1, side, side)), *network.named_children()]))
+
+
+def summarize(model: nn.Module, name: str, image_size: int) -> str:
+    """Return a table of layers, output shapes and parameters. Raises UsageError if the images are too small."""
+    lines, x = [f"  {'layer':<10}{'output':>16}{'parameters':>14}"], torch.zeros(1, 1, image_size, image_size)
+    try:
+        with torch.inference_mode():
+            for layer_name, layer in copy.deepcopy(model).cpu().eval().named_children():
+                x, count = layer(x), sum(weight.numel() for weight in layer.parameters())
+                lines.append(f"  {layer_name:<10}{' x '.join(map(str, x.shape[1:])):>16}{count:>14,}")
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(_size_fault(name, image_size, error)) from None
+    millions = sum(weight.numel() for weight in model.parameters()) / 1e6
+    kind = name if name.startswith("torchvision:") else type(model).__name__
+    return "\n".join([f"{kind}, {millions:.2f} million parameters, {image_size} x {image_size} input", *lines])
+
+
+def _size_fault(name: str, image_size: int, error: Exception) -> str:
+    return (f"--model {name} cannot take images of {image_size} pixels ({first_line(error)}); set another "
+            "--image-size, such as 224")
