@@ -29,7 +29,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import gc
 import math
 import os
 import re
@@ -1193,8 +1192,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    gc.freeze()  # spares the interpreter garbage collections of the modules, the last of which takes a second
-    status = main(None if "__file__" in globals() else [])  # in a notebook cell, sys.argv is the kernel's
-    gc.freeze()
-    if status:
+    if status := main(None if "__file__" in globals() else []):  # in a notebook cell, sys.argv is the kernel's
         sys.exit(status)
