@@ -886,11 +886,10 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, CompetitionD
 def run_fingerprint(config: Config, data: CompetitionData) -> dict:
     """Return what identifies a run: its settings, classes, training data and device."""
     dataset, settings = data.dataset, dataclasses.asdict(config)
-    arrays = [dataset.targets, data.split.train_rows, data.split.val_rows, dataset.images.cpu().numpy()]
-    if dataset.weights is not None:
-        arrays.append(dataset.weights.cpu().numpy())
+    rows = [torch.from_numpy(rows) for rows in (data.split.train_rows, data.split.val_rows)]
     return {"settings": {name: value for name, value in settings.items() if name not in RESUME_SETTINGS},
-            "classes": data.classes, "data": files.sha256_of_arrays(arrays), "device": dataset.runtime.device.type}
+            "classes": data.classes, "data": files.sha256_of([dataset.images, dataset.class_tensor, dataset.weights,
+                                                              *rows]), "device": dataset.runtime.device.type}
 
 
 def training_seconds(config: Config, data: CompetitionData, started: float, manager: CheckpointManager) -> float:

@@ -14,7 +14,6 @@ import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from pipeline.errors import DataError, UsageError
@@ -78,14 +77,6 @@ def sha256_of(content: object) -> str:
             total.update(repr(value).encode())
 
     add(content)
-    return total.hexdigest()
-
-
-def sha256_of_arrays(arrays: Iterable[np.ndarray]) -> str:
-    """Return the SHA-256 of the arrays' bytes."""
-    total = hashlib.sha256()
-    for array in arrays:
-        total.update(np.ascontiguousarray(array).data)
     return total.hexdigest()
 
 

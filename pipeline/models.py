@@ -119,7 +119,6 @@ class TinyCNN(nn.Sequential):
 
     def __init__(self, num_classes: int, dropout: float = 0.0):
         super().__init__()
-
         for number, (inputs, width) in enumerate(itertools.pairwise((1, 8, 16, 16, 16, 12)), start=1):
             pool = [nn.MaxPool2d(2, ceil_mode=True)] if number in (2, 4) else []
             self.add_module(f"conv{number}", nn.Sequential(conv_bn(inputs, width), *pool, nn.ReLU(inplace=True)))
@@ -135,7 +134,8 @@ def check_model_name(name: str, own: list[str]) -> None:
 
     known = [*own, *(f"torchvision:{model}" for model in torchvision.models.list_models(module=torchvision.models))]
     if name not in known:
-        near = difflib.get_close_matches(name if ":" in name else f"torchvision:{name}", known, 5)
+        spellings = dict.fromkeys([name, f"torchvision:{name.removeprefix('torchvision:')}"])
+        near = [match for spelling in spellings for match in difflib.get_close_matches(spelling, known, 3)]
         raise ValueError(f"model must be one of {', '.join(own)} or torchvision's, not {name!r}"
                          + (f"; near it are {', '.join(near)}" if near else ""))
 

@@ -168,10 +168,11 @@ def plot_class_accuracy(path: Path, table: pd.DataFrame, names: list[str]) -> No
              ylabel="classes")
     right.bar(range(len(worst)), 100 * worst.accuracy, color=RED)
     _label_bars(right, worst.name.tolist())
-    right.set(title="each class" if len(worst) == len(table) else
-              f"classes with {worst.mistakes.sum() / max(table.mistakes.sum(), 1):.0%} of the mistakes: {len(worst)}",
-              xlim=(-0.6, max(len(worst), 8) - 0.4), ylabel="accuracy in %",
-              ylim=(100 * worst.accuracy.min() - 1 if worst.accuracy.min() > 0.9 else 0, 100))
+    title = f"{len(worst)} of {len(table)} classes, none with a mistake"
+    if not mistaken.empty:
+        title = f"the {len(worst)} classes with {worst.mistakes.sum() / table.mistakes.sum():.0%} of the mistakes"
+    right.set(title="each class" if len(worst) == len(table) else title, xlim=(-0.6, max(len(worst), 8) - 0.4),
+              ylabel="accuracy in %", ylim=(100 * worst.accuracy.min() - 1 if worst.accuracy.min() > 0.9 else 0, 100))
     save_figure(path, figure)
 
 

@@ -63,6 +63,7 @@ def test_preset_is_a_valid_config_without_open_values(preset):
                               "'steep'"),
     (["--model", "vgg"], "or torchvision's, not 'vgg'; near it are torchvision:vgg"),
     (["--model", "torchvision:resnet17"], "near it are torchvision:resnet1"),
+    (["--model", "resnett"], "not 'resnett'; near it are resnet, torchvision:resnet"),
     (["--milestones", "3,x"], "milestones must be epochs with commas between them, not '3,x'"),
     (["--early-stopping", "3", "--train-val-split", "1"],
      "early_stopping need validation rows: set train_val_split below 1 or "),

@@ -73,6 +73,15 @@ def test_the_accuracy_by_class_is_drawn(tmp_path, classes):
     assert share(tmp_path / "a.png", BLUE) > 0.01 and share(tmp_path / "a.png", LIGHT_RED) > 0.01
 
 
+def test_classes_without_a_mistake_are_called_so(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plots, "save_figure", lambda _, figure: figures.append(figure))
+    targets = np.arange(100) % 50
+    perfect = Predictions(np.arange(100), targets, np.eye(50, dtype=np.float32)[targets])
+    plots.plot_class_accuracy(tmp_path / "a.png", class_accuracy_table(perfect, numbers(50)), numbers(50))
+    assert figures[0].axes[1].get_title() == "40 of 50 classes, none with a mistake"
+
+
 @pytest.mark.parametrize("pictures", [True, False])
 def test_the_accuracy_by_class_is_written_with_and_without_pictures(tmp_path, pictures):
     predictions = make_predictions(10)
