@@ -68,8 +68,8 @@ def sha256_of(content: object) -> str:
     def add(value: object) -> None:
         if isinstance(value, torch.Tensor):
             total.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            total.update(flat.tobytes() if not flat.size else flat.data)  # an empty array has no buffer to hash
+            if value.numel():  # an empty tensor has no bytes
+                total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         elif isinstance(value, (dict, list, tuple)):
             total.update(f"{'dict' if isinstance(value, dict) else 'list'} {len(value)}".encode())
             for part in value.items() if isinstance(value, dict) else value:
