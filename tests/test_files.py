@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -87,6 +88,8 @@ def test_digest_of_tensors_depends_on_values_and_not_on_layout():
     assert files.sha256_of([tensors[0].T.contiguous().T, *tensors[1:]]) == digest
     tensors[1][1, 1] = 1
     assert files.sha256_of(tensors) != digest
+    empty = torch.from_numpy(np.flatnonzero(np.zeros(3)))
+    assert files.sha256_of([empty]) == files.sha256_of([torch.zeros(0, dtype=torch.int64)]) != files.sha256_of([])
 
 
 class Payload:
