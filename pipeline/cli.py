@@ -8,9 +8,16 @@ import functools
 import inspect
 import math
 import re
+import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
+
+from pipeline.errors import warn
+
+# Flags that were renamed without a change of meaning: the earlier name, without its dashes, and today's.
+RENAMED = {"neighbours": "knn-neighbors", "neighbour-share": "knn-weight", "accumulate": "accumulation-steps",
+           "average-decay": "ema-decay", "refit": "recenter-warp", "soften": "edge-softening", "views": "tta"}
 
 
 def flag_of(name: str) -> str:
@@ -74,6 +81,16 @@ def make_parser(config_class: type, presets: dict[str, dict], commands: dict[str
     return parser
 
 
+def rename_flags(argv: list[str], flags: Iterable[str]) -> list[str]:
+    """Return a command line with today's name of each renamed flag; a warning tells the user. `flags` are known."""
+    today = {f"--{no}{old}": f"--{no}{new}" for old, new in RENAMED.items() for no in ("", "no-")}
+    split = [(argument, *argument.partition("=")) for argument in argv]
+    found = {flag: today[flag] for _, flag, *_ in split if today.get(flag) in flags and flag not in flags}
+    if found:
+        warn("; ".join(f"{flag} is called {new} now" for flag, new in found.items()))
+    return [found[flag] + equals + value if flag in found else argument for argument, flag, equals, value in split]
+
+
 def parse(argv: list[str] | None, config_class: type, presets: dict[str, dict], commands: dict[str, str],
           why_unused: Callable[[str, str], str]) -> tuple[str, list[str], dict]:
     """Return the command, the files and the settings (preset and flags) of a command line.
@@ -82,11 +99,11 @@ def parse(argv: list[str] | None, config_class: type, presets: dict[str, dict], 
     and one line for a wrong command line.
     """
     parser = make_parser(config_class, presets, commands)
-    given, unknown = parser.parse_known_intermixed_args(argv)
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    given, unknown = parser.parse_known_intermixed_args(rename_flags(sys.argv[1:] if argv is None else argv, flags))
     settings = vars(given)
     command, *files = settings.pop("words") or [next(iter(commands))]
     if unknown:
-        flags = [flag for action in parser._actions for flag in action.option_strings]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         parser.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
     if command not in commands:

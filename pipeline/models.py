@@ -1,11 +1,14 @@
 """Building blocks, networks from [B, 1, S, S] to logits [B, classes] whose last child is `head`, and their weights."""
 
+import argparse
 import copy
 import difflib
 import itertools
 import math
+import re
+import statistics
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +145,7 @@ def check_model_name(name: str, own: list[str]) -> None:
 
 def torchvision_network(name: str, num_classes: int, image_size: int, dropout: float,
                         weights: dict | None = None) -> nn.Module:
-    """Return torchvision's network, started from its state dict `weights`, for one channel and with a new `head`."""
+    """Return torchvision's network for one channel and with a new `head`, started from `weights`, a file's content."""
     import torchvision
 
     options = {"image_size": image_size} if name.startswith("vit_") else {}
@@ -152,13 +155,13 @@ def torchvision_network(name: str, num_classes: int, image_size: int, dropout: f
         network = torchvision.models.get_model(name, **options)
     except (AssertionError, ValueError) as error:  # a size that is not a multiple of a transformer's patch
         raise UsageError(_size_fault(f"torchvision:{name}", image_size, error)) from None
-    if weights is not None:
-        network.load_state_dict({key: value for key, value in weights.items() if not key.lower().startswith("aux")})
     stem = next(layer for layer in network.modules() if isinstance(layer, nn.Conv2d))
     linear = {place: layer for place, layer in network.named_modules() if isinstance(layer, nn.Linear)}
     last = next((place for place, layer in reversed(linear.items()) if layer.out_features == 1000), None)
     if last is None:
         raise UsageError(f"--model torchvision:{name} has no last linear layer to replace; choose another model")
+    if weights is not None:
+        network.load_state_dict(match_weights(weights, network, ("aux", "Aux", f"{last}.")), strict=False)
     stem.in_channels, stem.weight = 1, nn.Parameter(stem.weight.detach().sum(dim=1, keepdim=True))  # of three colours
     head = nn.Sequential(nn.Dropout(dropout), nn.Linear(linear[last].in_features, num_classes))
     network.set_submodule(last, nn.Identity())
@@ -167,51 +170,85 @@ def torchvision_network(name: str, num_classes: int, image_size: int, dropout: f
 
 def load_initial_weights(model: nn.Module, weights: str, name: str, classes: list[str], image_size: int,
                          split: SplitSettings) -> None:
-    """Start a network from a checkpoint, from torchvision's download ("torchvision") or from a file of torchvision's.
+    """Start a network from a checkpoint, from torchvision's download ("torchvision") or from another program's file.
 
-    Its last layer keeps its own weights if the classes differ. Warns if the checkpoint was trained on rows that
-    validate by `split`. Raises DataError with every remedy.
+    Its last layer keeps its own weights, except for a checkpoint with the same classes. Warns if the checkpoint was
+    trained on rows that validate by `split`. Raises DataError with every remedy.
     """
     remedy, original = "name a checkpoint of this model with --weights FILE", name.removeprefix("torchvision:")
     if original != name:
-        remedy = (f"name a file with torchvision's weights of {original} with --weights FILE (as they are at "
-                  "download.pytorch.org/models), or let --weights torchvision download them where there is a network")
+        remedy = (f"name weights of {original} with --weights FILE (as at download.pytorch.org/models), set --model to "
+                  "the file's network, or let --weights torchvision download them")
     elif weights == "torchvision":
         raise UsageError(f"--weights torchvision: torchvision has none for --model {name}; {remedy}")
     try:
-        state, own = _initial_state(weights, name, classes, image_size, split), model.state_dict()
-        others = [key for key, value in state.items() if key not in own or own[key].shape != value.shape]
-        others += [key for key in own if key not in state and not key.startswith(("head.", "normalize."))]
-        if others:
-            raise ValueError(f"it is of another network, with another {others[0]}")
-        model.load_state_dict(state, strict=False)
+        model.load_state_dict(_initial_state(model, weights, name, classes, image_size, split), strict=False)
     except Exception as error:  # urllib, pickle and torch each raise their own types
-        fault = " ".join(str(error).split()[:40])  # torch names the layer that does not fit in a second line
-        raise DataError(f"--weights {weights}: cannot be used ({type(error).__name__}: {fault}); {remedy}") from None
+        kind, fault = f"{type(error).__name__}: " * (type(error) is not ValueError), " ".join(str(error).split()[:40])
+        raise DataError(f"--weights {weights}: cannot be used ({kind}{fault}); {remedy}") from None
 
 
-def _initial_state(weights: str, name: str, classes: list[str], image_size: int, split: SplitSettings) -> dict:
+def _initial_state(model: nn.Module, weights: str, name: str, classes: list[str], image_size: int,
+                   split: SplitSettings) -> dict:
     """Return the state dict to start from, without the layers that the new network has of its own."""
-    original = name.removeprefix("torchvision:")
+    original, own_layers = name.removeprefix("torchvision:"), ("normalize.", "head.")
     if weights == "torchvision":
         import torchvision
 
         state = torchvision.models.get_model_weights(original).DEFAULT.get_state_dict(progress=False, check_hash=True)
     else:
-        state = load_tensors(weights)
-    if "classes" in state:  # a checkpoint of ours
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm saves its arguments beside the weights
+            state = load_tensors(weights)
+    if {"classes", "config", "model"} <= state.keys():  # a checkpoint of ours
         state = load_verified(weights)
-        same = state["classes"] == classes
-        other = SplitSettings(**{field: state["config"][field] for field in vars(split)})
-        if same and other.effective() != split.effective() and split.train_val_split < 1:
-            warn(f"--weights {weights}: was trained with {other.describe()}; if on these images, it has seen rows that "
-                 "validate now, and their accuracy is too high")
-        left_out = ("normalize.",) if same else ("normalize.", "head.")
-        return {key: value for key, value in state["model"].items() if not key.startswith(left_out)}
-    if original == name:
-        raise ValueError("it is not a checkpoint of script.py")
-    network = torchvision_network(original, len(classes), image_size, 0.0, state)
-    return {key: value for key, value in network.state_dict().items() if key.startswith("body.")}
+        if state["classes"] == classes:
+            own_layers = ("normalize.",)
+            other = SplitSettings(**{field: state["config"][field] for field in vars(split)})
+            if other.effective() != split.effective() and split.train_val_split < 1:
+                warn(f"--weights {weights}: was trained with {other.describe()}; if on these images, it has seen rows "
+                     "that validate now, and their accuracy is too high")
+        state = state["model"]
+    elif original != name:
+        network = torchvision_network(original, len(classes), image_size, 0.0, state)
+        return {key: value for key, value in network.state_dict().items() if key.startswith("body.")}
+    return match_weights(state, model, own_layers)
+
+
+def match_weights(content: dict, network: nn.Module, left_out: tuple[str, ...]) -> dict:
+    """Return a network's weights from a file's content, by the network's names, but for those that begin as `left_out`.
+
+    They may lie in dictionaries (`state_dict` of Lightning), under names with a prefix (`module.` of DataParallel).
+    Raises ValueError with the first tensor that does not fit.
+    """
+    shapes = {name: value.shape for name, value in network.state_dict().items() if not name.startswith(left_out)}
+    needed, found = [name for name in shapes if not name.endswith("num_batches_tracked")], []  # old files have no count
+    for place, tensors in _tensors_in(content):
+        tails = ((name, name.split(".", cut)[cut]) for name in tensors for cut in range(name.count(".") + 1))
+        prefix = statistics.mode([name.removesuffix(tail) for name, tail in tails if tail in shapes] or [""])
+        state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        state = {name: value for name, value in state.items() if not name.startswith(left_out)}
+        fitting = [name for name in needed if name in state and state[name].shape == shapes[name]]
+        found.append((len(fitting), "ema" in place, place, prefix, state))  # averaged weights before others
+    count, _, place, prefix, state = max(found, key=lambda item: item[:2])
+    misfits = [name for name in needed if name not in state or state[name].shape != shapes[name]]
+    if misfits := misfits + [name for name in state if name not in shapes]:
+        name = misfits[0]
+        fault = "is missing" if name not in state else "is not in this network" if name not in shapes else (
+            f"has the shape {tuple(state[name].shape)}, not {tuple(shapes[name])}")
+        raise ValueError(f"it is of another network: {count} of {len(needed)} tensors fit, {name} {fault}")
+    if said := [f"those below {place}"] * bool(place) + [f"without the prefix {prefix}"] * bool(prefix):
+        print("initial weights:", ", ".join(said))
+    return state
+
+
+def _tensors_in(content: dict, place: str = "") -> Iterator[tuple[str, dict]]:
+    """Yield the place and the tensors of a dictionary and of those in it."""
+    tensors = {str(name).replace("_orig_mod.", ""): value for name, value in content.items()
+               if isinstance(value, Tensor)}  # torch.compile adds _orig_mod, and torchvision's old densenets a point
+    yield place, {re.sub(r"(denselayer\d+\.\w+)\.(?=[12]\.)", r"\1", name): value for name, value in tensors.items()}
+    for name, value in content.items():
+        if isinstance(value, dict):
+            yield from _tensors_in(value, f"{place}.{name}".lstrip("."))
 
 
 def freeze_body(model: nn.Module, frozen: bool) -> None:

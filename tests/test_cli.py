@@ -133,7 +133,8 @@ def another_value(field: dataclasses.Field):
     if annotation is bool:
         return not field.default
     if annotation is str:
-        return {"model": "resnet", "device": "cpu", "milestones": "3, 7"}.get(field.name, "elsewhere")
+        return {"model": "resnet", "device": "cpu", "milestones": "3, 7", "label_pattern": "(.)-", "pixel_shape": "8x9",
+                }.get(field.name, "elsewhere")
     low, high = script.LIMITS.get(field.name, (0, 1000))
     kind = (typing.get_args(annotation) or (annotation,))[0]
     value = kind(low + 3 if kind is int else low + min(high - low, 1) * 0.3)
@@ -160,3 +161,64 @@ def test_every_field_of_config_has_its_comment_as_help(capsys):
     for field in FIELDS:
         comment = next(line for line in lines if line.strip().startswith(field.name + ":")).split("  # ")[1]
         assert cli.flag_of(field.name) in text and " ".join(comment.split()) in text
+
+
+@pytest.mark.parametrize(("argv", "setting"), [
+    (["--neighbours", "0"], {"knn_neighbors": 0}), (["--neighbours=7"], {"knn_neighbors": 7}),
+    (["--neighbour-share", "0.5"], {"knn_weight": 0.5}), (["--accumulate", "4"], {"accumulation_steps": 4}),
+    (["--average-decay", "0.9"], {"ema_decay": 0.9}), (["--soften", "0"], {"edge_softening": 0.0}),
+    (["--no-refit"], {"recenter_warp": False}), (["--preset", "digits-cnn", "--refit"], {"recenter_warp": True}),
+    (["predict", "--views", "3", "a.pth"], {"tta": 3}),
+])
+def test_flags_that_were_renamed_are_accepted_with_a_note(argv, setting, capsys):
+    config = parse_command_line(argv)[2]
+    assert {name: getattr(config, name) for name in setting} == setting
+    old, new = next(word for word in argv if word[:2] == "--" and word != "--preset").split("=")[0], next(iter(setting))
+    flag = ("--no-" if old.startswith("--no-") else "--") + new.replace("_", "-")
+    assert capsys.readouterr().err == f"warning: {old} is called {flag} now\n"
+
+
+def test_several_renamed_flags_are_one_note(capsys):
+    config = parse_command_line(["--neighbours", "5", "--no-refit", "--neighbours", "6", "--knn-weight", "0.1"])[2]
+    assert (config.knn_neighbors, config.recenter_warp, config.knn_weight) == (6, False, 0.1)
+    assert capsys.readouterr().err == ("warning: --neighbours is called --knn-neighbors now; --no-refit is called "
+                                       "--no-recenter-warp now\n")
+
+
+def test_renamed_flags_of_sys_argv_are_accepted(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["script.py", "--average-decay", "0.5"])
+    assert parse_command_line(None)[2].ema_decay == 0.5
+
+
+@pytest.mark.parametrize("argv", [["--teachers", "a.pth"], ["--cutmix"], ["--member-weights", "1,1"],
+                                  ["--thickness", "1"], ["--no-neighbours"], ["--views-more", "1"], ["--refi"]])
+def test_flags_that_left_stay_unknown(argv, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_command_line(argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith(f"error: unknown argument {argv[0]}") and error.count("\n") == 1
+
+
+def test_an_earlier_name_is_a_name_of_another_dataclass():
+    """A dataclass without today's field, or with a field of the earlier name, keeps its own flags."""
+    @dataclass(frozen=True)
+    class Other:
+        views: int = 1
+        tta: int = 1
+
+    assert cli.parse(["--views", "3"], Other, {}, COMMANDS, lambda *_: "")[2] == {"views": 3}
+    with pytest.raises(SystemExit):
+        parse("--neighbours", "3")
+
+
+def test_renamed_flags_are_not_in_the_help(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    text = capsys.readouterr().out
+    assert not [old for old in cli.RENAMED if f"--{old} " in text or f"--no-{old}" in text]
+
+
+def test_renamed_flags_name_fields_of_config():
+    names = {field.name for field in FIELDS}
+    for old, new in cli.RENAMED.items():
+        assert new.replace("-", "_") in names and old.replace("-", "_") not in names

@@ -1,7 +1,11 @@
 """Networks: sizes, inputs of any size, torchvision's networks for grey images, initial weights."""
 
+import argparse
 import dataclasses
+import functools
+import re
 
+import pandas as pd
 import pytest
 import torch
 
@@ -134,7 +138,8 @@ def test_weights_of_another_kind_say_what_does_not_fit(tmp_path):
     torch.save({"layer.weight": torch.zeros(2)}, tmp_path / "a.pth")
     own, other = (Config(model=name, image_size=32, dropout=0.0, weights=str(tmp_path / "a.pth"))
                   for name in ("cnn", "torchvision:resnet18"))
-    for config, message in ((own, "it is not a checkpoint of script.py"), (other, "Missing key")):
+    for config, message in ((own, "0 of 39 tensors fit, conv1.0.0.weight is missing"),
+                            (other, "0 of 100 tensors fit, conv1.weight is missing")):
         with pytest.raises(DataError, match=message):
             load_weights(script.build_model(config, 5), config, list("abcde"))
 
@@ -190,3 +195,161 @@ def test_an_unknown_model_is_named_with_near_ones(name, near):
         models.check_model_name(name, ["cnn"])
     models.check_model_name("torchvision:resnet18", ["cnn"])
     models.check_model_name("cnn", ["cnn"])
+
+
+@functools.cache
+def resnet18(classes: int = 1000) -> dict:
+    """Return the state dict of torchvision's ResNet-18 with other weights than a new one's."""
+    import torchvision
+
+    torch.manual_seed(classes)
+    return torchvision.models.resnet18(num_classes=classes).state_dict()
+
+
+def prefixed(prefix: str, state: dict) -> dict:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def other_training() -> dict:
+    """Return what a training script saves beside the weights: numbers, texts and the optimizer's tensors."""
+    return {"epoch": 3, "arch": "resnet18", "best_acc1": torch.tensor(71.5), "loops": {"fit_loop": {"state_dict": {}}},
+            "optimizer": {"state": {0: {"step": torch.tensor(4.0), "exp_avg": torch.zeros(64, 3, 7, 7)}},
+                          "param_groups": [{"lr": 0.1, "params": [0]}]}}
+
+
+WRAPPED = {
+    "bare": lambda state: state,
+    "old, without num_batches_tracked": lambda state: {
+        name: value for name, value in state.items() if not name.endswith("num_batches_tracked")},
+    "DataParallel": lambda state: {"state_dict": prefixed("module.", state)},
+    "DataParallel without a key": lambda state: prefixed("module.", state),
+    "PyTorch's ImageNet example": lambda state: {**other_training(), "state_dict": prefixed("module.", state)},
+    "Lightning": lambda state: {**other_training(), "state_dict": {
+        **prefixed("model.", state), "loss.weight": torch.ones(3), "accuracy.tp": torch.zeros(1)}},
+    "Lightning with a backbone": lambda state: {"state_dict": prefixed("net.backbone.", state)},
+    "torch.compile and DDP": lambda state: {"model_state_dict": prefixed("module._orig_mod.", state)},
+    "DDP and torch.compile": lambda state: {"network": prefixed("_orig_mod.module.", state)},
+    "compiled layers": lambda state: {"net": {
+        name.replace("layer1.", "layer1._orig_mod."): value for name, value in state.items()}},
+    "timm": lambda state: {**other_training(), "args": argparse.Namespace(model="resnet18"), "state_dict": state},
+    "detection references": lambda state: {**other_training(), "model": state, "lr_scheduler": {"gamma": 0.1}},
+    "swa_utils.AveragedModel": lambda state: {"n_averaged": torch.tensor(4), **prefixed("module.", state)},
+    "average beside the weights": lambda state: {
+        "state_dict": {name: value + 1 for name, value in state.items()}, "state_dict_ema": state},
+    "average before the weights": lambda state: {
+        "model_ema": state, "model": {name: value + 1 for name, value in state.items()}},
+    "two keys": lambda state: {"checkpoint": {"student": prefixed("module.encoder.", state)}},
+    "without a head": lambda state: {name: value for name, value in state.items() if not name.startswith("fc.")},
+    "with a head of several layers": lambda state: {
+        name.replace("fc.", "fc.1."): value for name, value in state.items()} | {"fc.0.weight": torch.ones(8, 512)},
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+@pytest.mark.parametrize("classes", [1000, 7])
+def test_wrapped_weights_are_loaded(tmp_path, wrap, classes):
+    torch.save(wrap(resnet18(classes)), tmp_path / "a.pth")
+    config = Config(model="torchvision:resnet18", image_size=32, dropout=0.0, weights=str(tmp_path / "a.pth"))
+    model = script.build_model(config, 7)
+    own_head = model.head[1].weight.clone()
+    load_weights(model, config, list("abcdefg"))
+    state = model.body.state_dict()
+    for name, value in resnet18(classes).items():
+        if not name.startswith("fc.") and "num_batches" not in name:
+            expected = value.sum(dim=1, keepdim=True) if name == "conv1.weight" else value
+            assert torch.equal(state[name], expected), name
+    assert torch.equal(model.head[1].weight, own_head)
+
+
+def test_a_line_says_which_of_a_files_weights_were_taken(tmp_path, capsys):
+    config = Config(model="torchvision:resnet18", image_size=32, dropout=0.0, weights=str(tmp_path / "a.pth"))
+    model = script.build_model(config, 7)
+    for wrap, said in (("timm", "those below state_dict\n"), ("bare", ""),
+                       ("two keys", "those below checkpoint.student, without the prefix module.encoder.\n"),
+                       ("DataParallel without a key", "without the prefix module.\n")):
+        torch.save(WRAPPED[wrap](resnet18()), tmp_path / "a.pth")
+        load_weights(model, config, list("abcdefg"))
+        assert capsys.readouterr().out == (said and f"initial weights: {said}")
+
+
+def test_older_names_of_torchvisions_densenets_are_understood(tmp_path):
+    """Files at download.pytorch.org name norm.1 and conv.2 what the network calls norm1 and conv2."""
+    import torchvision
+
+    state = torchvision.models.densenet121().state_dict()
+    older = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", name): value for name, value in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in older
+    torch.save(older, tmp_path / "a.pth")
+    config = Config(model="torchvision:densenet121", image_size=32, dropout=0.0, weights=str(tmp_path / "a.pth"))
+    model = script.build_model(config, 7)
+    load_weights(model, config, list("abcdefg"))
+    assert torch.equal(model.body.features.denseblock4.denselayer16.conv2.weight,
+                       state["features.denseblock4.denselayer16.conv2.weight"])
+
+
+def test_a_wrapped_state_dict_of_an_own_network_is_loaded(tmp_path):
+    """Its classes are unknown, so that its last layer is not taken."""
+    config = Config(model="tiny", image_size=12, dropout=0.0, weights=str(tmp_path / "a.pth"))
+    given, model = (script.build_model(dataclasses.replace(config, seed=seed), 3) for seed in (1, 2))
+    torch.save({"classes": 3, "state_dict": prefixed("module.", given.state_dict())}, tmp_path / "a.pth")
+    load_weights(model, config, list("abc"))
+    assert torch.equal(model.conv3[0][0].weight, given.conv3[0][0].weight)
+    assert not torch.equal(model.head[1].weight, given.head[1].weight)
+
+
+def without(state: dict, *names: str) -> dict:
+    return {name: value for name, value in state.items() if name not in names}
+
+
+MISFITS = {
+    "a layer is missing": (lambda state: {"state_dict": prefixed("module.", without(state, "layer2.0.conv1.weight"))},
+                           "99 of 100 tensors fit, layer2.0.conv1.weight is missing"),
+    "another shape": (lambda state: {**state, "bn1.bias": torch.zeros(32)},
+                      "99 of 100 tensors fit, bn1.bias has the shape (32,), not (64,)"),
+    "a larger network": (lambda state: {"model": {**state, "layer1.2.conv1.weight": torch.zeros(64, 64, 3, 3)}},
+                         "100 of 100 tensors fit, layer1.2.conv1.weight is not in this network"),
+    "a part of another network": (lambda state: {**prefixed("encoder.", state), **prefixed("decoder.", state),
+                                                 "encoder.neck.weight": torch.zeros(2)},
+                                  "100 of 100 tensors fit, neck.weight is not in this network"),
+    "other names": (lambda state: {"state_dict": {f"backbone.{number}.weight": value
+                                                  for number, value in enumerate(state.values())}},
+                    "0 of 100 tensors fit, conv1.weight is missing"),
+    "no tensors": (lambda _: {"state_dict": {}, "epoch": 3}, "0 of 100 tensors fit, conv1.weight is missing"),
+}
+
+
+@pytest.mark.parametrize(("wrap", "message"), MISFITS.values(), ids=MISFITS)
+def test_weights_that_do_not_fit_are_one_short_line(tmp_path, monkeypatch, wrap, message):
+    monkeypatch.chdir(tmp_path)
+    torch.save(wrap(resnet18()), "resnet.pth")
+    config = Config(model="torchvision:resnet18", image_size=32, dropout=0.0, weights="resnet.pth")
+    model = script.build_model(config, 7)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(DataError, match=r"cannot be used .it is of another network.*--weights FILE") as error:
+        load_weights(model, config, list("abcdefg"))
+    assert message in str(error.value) and len(str(error.value)) <= 300 and "\n" not in str(error.value)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_the_remedies_of_weights_that_do_not_fit_help(tmp_path):
+    import torchvision
+
+    torch.save({"state_dict": prefixed("module.", torchvision.models.resnet34().state_dict())}, tmp_path / "a.pth")
+    torch.save(resnet18(), tmp_path / "b.pth")
+    config = Config(model="torchvision:resnet18", image_size=32, dropout=0.0, weights=str(tmp_path / "a.pth"))
+    with pytest.raises(DataError, match=r"name weights of resnet18 .*, set --model to the file's network"):
+        load_weights(script.build_model(config, 3), config, list("abc"))
+    for remedy in ({"model": "torchvision:resnet34"}, {"weights": str(tmp_path / "b.pth")}):
+        other = dataclasses.replace(config, **remedy)
+        load_weights(script.build_model(other, 3), other, list("abc"))
+
+
+def test_the_command_starts_from_wrapped_weights(main_in_process, command, tmp_path):
+    torch.save(WRAPPED["PyTorch's ImageNet example"](resnet18()), tmp_path / "a.pth")
+    status, out, error = main_in_process("--model", "torchvision:resnet18", "--image-size", "32", "--num-epochs", "1",
+                                         "--freeze-epochs", "1", "--knn-neighbors", "0", "--no-pictures", "--weights",
+                                         str(tmp_path / "a.pth"), "--num-workers", "0", "--ema-decay", "0")
+    assert status == 0 and "initial weights: those below state_dict, without the prefix module." in out, error
+    trained = torch.load(command.output / "best_model.pth", weights_only=True)["model"]
+    assert torch.equal(trained["body.layer4.1.conv2.weight"], resnet18()["layer4.1.conv2.weight"])
+    assert len(pd.read_csv(command.output / "submission.csv")) == 30
