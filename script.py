@@ -9,7 +9,7 @@
     python script.py evaluate out/best_model.pth --test-csv labelled.csv
 
 Reads   train.csv (image_path, label), test.csv (example_id, image_path) and the images below Dataset_Image/;
-        or tables of pixels (label, pixel0, pixel1, ...); or torchvision:MNIST and the like.
+        or other columns, tables of pixels, folders of images, .npz, IDX and .parquet files, torchvision:MNIST.
 Writes  best_model.pth, submission.csv, history.csv, class_accuracy.csv, val_probabilities.npz, run.json and pictures;
         with --folds all of it for each fold, in fold0, fold1, ..., and oof_probabilities.npz of all rows.
 `python script.py --help` lists every setting.
@@ -20,7 +20,7 @@ This file reads from top to bottom; nothing is used before it is defined. To cha
     a network                                ResNetMathSymbol, MathSymbolCNN; pipeline/models.py
     a training step, an epoch, a training    Trainer, train, fit; pipeline/optim.py
     which rows validate                      pipeline/splits.py
-    what a table may hold                    pipeline/tables.py, pipeline/images.py
+    what a table may be                      pipeline/tables.py, pipeline/images.py
     what is drawn                            pipeline/plots.py
     a command                                run, predict_command, evaluate_command
 """
@@ -48,7 +48,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pipeline import device, ensemble, files, folds, metrics, models, optim, outputs, plots, splits, tables
+from pipeline import device, ensemble, files, folds, metrics, models, optim, outputs, plots, sources, splits, tables
 from pipeline.cli import check_fields, parse, pick
 from pipeline.device import Runtime, memory_remedy, start_runtime
 from pipeline.distributed import distributed_data_parallel
@@ -62,9 +62,11 @@ from pipeline.optim import BatchNormStatistics, Schedule, SkippedSteps, Training
 from pipeline.outputs import EVALUATION_FILES, RESERVED_FILES, TEST_PROBABILITIES, TRAINING_FILES, VALIDATION_FILES
 from pipeline.presets import PRESETS
 from pipeline.resume import CheckpointManager, TrainingState, compare_fingerprints
+from pipeline.shift import expected_accuracy, mean_over_folds, report_expected
 from pipeline.signals import Stopped, StopSignals, exit_status
+from pipeline.sources import Table, TableSource
 from pipeline.splits import Split, SplitSettings
-from pipeline.submission import check_sample_submission
+from pipeline.submission import submission_form
 from pipeline.transforms import BatchRandom, WarpRanges, change_ink, erase, resize, soften_edges, warp
 
 # ---- Config: every number that a user tunes -------------------------------------------------------------------------
@@ -99,9 +101,16 @@ class Config:
 
     # Files
     data_dir: str = "."                 # folder of the tables and of root_dir
-    train_csv: str = "train.csv"        # training table: image_path,label or label,pixel0,...; or torchvision:MNIST
-    test_csv: str = "test.csv"          # test table: example_id,image_path or pixel0,...; for evaluate one with labels
+    train_csv: str = "train.csv"        # training table: .csv, .npz, IDX or .parquet, folder, or torchvision:MNIST
+    test_csv: str = "test.csv"          # test table (evaluate: with labels), or none: then no submission is written
     root_dir: str = "Dataset_Image"     # folder that the tables' image paths start from
+    test_root: str = ""                 # folder that the test table's image paths start from (empty: root_dir)
+    image_column: str = ""              # column of the image paths (empty: image_path, or another usual name)
+    label_column: str = ""              # column of the labels (empty: label, or another usual name)
+    id_column: str = ""                 # column of the test table's ids (empty: as in the sample submission, or id)
+    label_pattern: str = ""             # of folders: regular expression; its group is the label in an image's path
+    pixel_shape: str = ""               # of tables of pixels: HEIGHTxWIDTH (empty: square)
+    transpose: bool = False             # of tables of pixels: the images lie on their side, as those of EMNIST
     extra_csv: str = ""                 # another labelled table, which is trained on too and never validates
     extra_root: str = ""                # folder that its image paths start from (empty: root_dir)
     extra_weight: float = 1.0           # weight of its rows in the loss, where a row of train_csv has 1
@@ -186,25 +195,19 @@ class Config:
     def __post_init__(self) -> None:
         check_fields(self, LIMITS)
         models.check_model_name(self.model, ["auto", *(name for name in RECIPES if name != "torchvision")])
+        self.split.check()
+        outputs.check_file_names(model_file=self.model_file, submission_file=self.submission_file)
         for wrong, message in (
             (not re.fullmatch(r"[0-9]+(, *[0-9]+)*", self.milestones),
              f"milestones must be epochs with commas between them, not {self.milestones!r}"),
             (self.train_val_split == 1 and (self.schedule == "plateau" or self.early_stopping),
              "schedule plateau and early_stopping need validation rows: set train_val_split below 1 or leave them out"),
-            (self.folds == 1, "folds must be 0 (one network) or at least 2, not 1"),
-            (self.fold is not None and self.fold >= self.folds,
-             f"fold must be below folds, which is {self.folds}, not {self.fold}; it counts from 0"),
-            (self.folds and self.train_val_split == 1,
-             "with folds every row validates once: train_val_split must not be 1"),
-            (self.group_column == "label" or re.fullmatch(tables.PIXEL, self.group_column),
+            (self.group_column and re.fullmatch(rf"label|pixel\d+|{re.escape(self.label_column)}", self.group_column),
              f"group_column must be a column of its own, not {self.group_column!r}"),
-            (self.group_column and self.split.parts == 1, "group_column needs train_val_split above 1/3, or folds"),
-            (self.model_file.lower() == self.submission_file.lower(),
-             f"model_file and submission_file must be different, not both {self.model_file!r}"),
-            *((not name or Path(name).name != name or name.lower() in RESERVED_FILES,
-               f"{field} must be a name without a folder that no other file of a run has, not {name!r}; the folder is "
-               "output_dir") for field, name in (("model_file", self.model_file),
-                                                 ("submission_file", self.submission_file))),
+            (self.pixel_shape and not sources.parse_shape(self.pixel_shape),
+             f"pixel_shape must be HEIGHTxWIDTH, such as 16x64, not {self.pixel_shape!r}"),
+            (not sources.is_label_pattern(self.label_pattern),
+             f"label_pattern must be a regular expression with a group in (), not {self.label_pattern!r}"),
         ):
             if wrong:
                 raise ValueError(message)
@@ -215,28 +218,31 @@ class Config:
         return pick(SplitSettings, self)
 
     @property
-    def train_source(self) -> tables.TableSource:
+    def train_source(self) -> TableSource:
         """The name and folders of the training table."""
-        return tables.TableSource(self.train_csv, self.data_dir, self.root_dir, self.group_column, self.cache_dir)
+        return self._source(self.train_csv, self.root_dir, "train", group_column=self.group_column)
 
     @property
-    def extra_source(self) -> tables.TableSource:
+    def extra_source(self) -> TableSource:
         """The name and folders of the extra table."""
-        return tables.TableSource(self.extra_csv, self.data_dir, self.extra_root or self.root_dir, "", self.cache_dir)
+        return self._source(self.extra_csv, self.extra_root or self.root_dir, "extra")
 
     @property
-    def test_source(self) -> tables.TableSource:
-        """The name and folders of the test table: test_csv, or the test part of torchvision's data."""
+    def test_source(self) -> TableSource | None:
+        """The name and folders of the test table: test_csv, or the test part of torchvision's data; None of none."""
         torchvision = self.train_csv.startswith("torchvision:") and self.test_csv == Config.test_csv
         name = self.train_csv if torchvision else self.test_csv
-        return tables.TableSource(name, self.data_dir, self.root_dir, "", self.cache_dir, "test")
+        return None if name == "none" else self._source(name, self.test_root or self.root_dir, "test")
+
+    def _source(self, name: str, root: str, part: str, **more: str) -> TableSource:
+        how = {field: getattr(self, field) for field in sources.HOW_TO_READ}
+        return TableSource(name, self.data_dir, root, part, **how, **more)
 
     @property
     def inputs(self) -> list[Path]:
         """The files that a run reads and must not overwrite."""
-        paths = [source.path for source in (self.train_source, self.test_source, self.extra_source) if source.name]
-        beside = [path.with_name(name) for path in paths for name in ("classes.csv", "sample_submission.csv")]
-        return [*paths, *beside, *[Path(self.weights)] * bool(self.weights)]
+        read = [source for source in (self.train_source, self.test_source, self.extra_source) if source and source.name]
+        return [*(path for source in read for path in source.files), *[Path(self.weights)] * bool(self.weights)]
 
     @property
     def written_files(self) -> set[str]:
@@ -245,9 +251,10 @@ class Config:
 
 
 # Settings that predict and evaluate take from the command line; all others are those of the checkpoint.
-PREDICT_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "on_bad_image", "output_dir", "cache_dir",
-                    "model_file", "submission_file", "pictures", "eval_batch_size", "device", "precision",
-                    "num_workers", "pin_memory", "save_probabilities", "tta"}
+PREDICT_SETTINGS = {"data_dir", "train_csv", "test_csv", "root_dir", "test_root", "image_column", "label_column",
+                    "id_column", "label_pattern", "on_bad_image", "output_dir", "cache_dir", "model_file",
+                    "submission_file", "pictures", "eval_batch_size", "device", "precision", "num_workers",
+                    "pin_memory", "save_probabilities", "tta"}
 
 # Settings that may change when a run is resumed: they say where and how, not what.
 RESUME_SETTINGS = PREDICT_SETTINGS - {"model_file", "eval_batch_size", "precision"} | {
@@ -562,7 +569,7 @@ class CompetitionData:
     """The labelled rows of a run, their split, and the rows to predict."""
 
     dataset: MathSymbolDataset  # the rows of train_csv, then those of extra_csv
-    test: MathSymbolDataset
+    test: MathSymbolDataset | None  # None without a test table
     split: Split
     latex: dict[str, str]       # by label
     extra_rows: np.ndarray      # positions of the usable rows of extra_csv
@@ -766,9 +773,8 @@ def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, 
     """Print an epoch's metrics, save the network if it is the best, and write history.csv."""
     config, folder, writes = trainer.config, Path(trainer.config.output_dir), trainer.runtime.ranks.rank == 0
     skipped = float(trainer.skipped.counts[0])
-    print(metrics.describe_epoch(row, config.num_epochs, state.images / state.seconds)
-          + (f"  {skipped - state.skipped:.0f} steps skipped: not finite" if skipped > state.skipped else ""),
-          flush=True)
+    rate = state.images / state.seconds
+    print(metrics.describe_epoch(row, config.num_epochs, rate, skipped - state.skipped), flush=True)
     if config.schedule == "plateau":
         trainer.plateau.step(row["val_accuracy"])
     better = metrics.is_better(row, state.best, config.select_by)
@@ -828,19 +834,21 @@ def fit(config: Config, data: CompetitionData, seconds: float = math.inf, manage
 
 # ---- Reading a competition ------------------------------------------------------------------------------------------
 
-def load_data(config: Config, runtime: Runtime, train_table: tables.Table, test_table: tables.Table,
-              extra_table: tables.Table | None, classes: list[str]) -> CompetitionData:
+def load_data(config: Config, runtime: Runtime, train_table: Table, test_table: Table | None,
+              extra_table: Table | None, classes: list[str]) -> CompetitionData:
     """Decode the images of all tables and split the training rows."""
-    statistics, settings = estimate_image_statistics(train_table, config.image_size), pick(LoadSettings, config)
-    images, test_images = load_images([train_table, test_table], statistics, settings)
+    statistics = estimate_image_statistics(train_table, config.image_size, config.num_workers)
+    read = [table for table in (train_table, test_table) if table]
+    images, *test_images = load_images(read, statistics, pick(LoadSettings, config))
     dataset = MathSymbolDataset(train_table, config, classes, statistics, runtime, images)
-    test = MathSymbolDataset(test_table, config, classes, statistics, runtime, test_images)
+    test = MathSymbolDataset(test_table, config, classes, statistics, runtime, test_images[0]) if test_table else None
     groups = train_table.rows[config.group_column].to_numpy() if config.group_column else None
-    usable = train_table.usable_rows
-    split = splits.split_rows(config.split, dataset.targets, usable, images, groups, train_table.path)
-    if (config.schedule == "plateau" or config.early_stopping) and not len(split.val_rows):
-        raise UsageError("--schedule plateau and --early-stopping need validation rows, and no class has "
-                         f"{splits.SMALLEST_CLASS_TO_SPLIT} rows with usable images; leave them out")
+    usable, digests = train_table.usable_rows, splits.image_digests(images)
+    split = splits.split_rows(config.split, dataset.targets, usable, digests, groups, train_table.path)
+    test_digests = splits.image_digests(test_images[0][test_table.usable_rows]) if test_table else []
+    splits.report_copies([digests[row] for row in usable], test_digests)
+    if config.schedule == "plateau" or config.early_stopping:
+        split.check_validates()
     extra_rows = np.zeros(0, dtype=np.int64)
     if extra_table:
         dataset.append(MathSymbolDataset(extra_table, config, classes, statistics, runtime), config.extra_weight)
@@ -858,26 +866,26 @@ def prepare_data(config: Config, runtime: Runtime) -> tuple[Config, CompetitionD
         train_table, extra_table = tables.read_train_table(config.train_source), None
         if config.extra_csv:
             extra_table = tables.read_extra_table(config.extra_source, train_table.rows.label, config.extra_classes)
-        test_table = tables.read_test_table(config.test_source)
         labelled = [table for table in (train_table, extra_table) if table]
-        written = config.written_files
-        for table in (*labelled, test_table):
-            files.check_not_overwritten(Path(config.output_dir), written, table.images_named(written))
         classes = tables.sort_classes(pd.concat([table.rows.label for table in labelled]))
-        sample = config.test_source.path.with_name("sample_submission.csv")
-        check_sample_submission(sample, test_table, classes)
-        parts, rows = config.split.parts, len(train_table)
-        few = (f"too few rows for {parts} parts of the split, so that some lack them" if parts else
-               "too few rows to split, so that they are only trained on")
-        print(tables.describe_classes(train_table, classes, parts or splits.SMALLEST_CLASS_TO_SPLIT, few))
-        training_rows = rows - rows // parts if parts else round(rows * config.train_val_split)
-        resolved = resolve_config(config, runtime, training_rows + len(extra_table or ()))
+        config = dataclasses.replace(config, label_column=config.label_column or train_table.own_label_column)
+        test_table = tables.read_test_table(config.test_source) if config.test_source else None
+        if test_table:
+            submission_form(test_table, classes)
+            tables.warn_of_shared_files(train_table, test_table)
+        written = config.written_files
+        for table in filter(None, (*labelled, test_table)):
+            files.check_not_overwritten(Path(config.output_dir), written, table.images_named(written))
+        print(tables.describe_classes(train_table, classes, *config.split.fewest()))
+        training_rows = config.split.count_training_rows(len(train_table)) + len(extra_table or ())
+        resolved = resolve_config(config, runtime, training_rows)
         # Before decoding, which takes longer: it refuses a size that the network cannot take.
         summary = models.summarize(build_model(resolved, len(classes)), resolved.model, resolved.image_size)
         data = load_data(resolved, runtime, train_table, test_table, extra_table, classes)
     chosen = f" (auto: the choice for {runtime.device.type})" if config.model == "auto" else ""
-    rows = outputs.describe_rows(data.split, rows, len(test_table), data.extra_rows, data.dataset.statistics)
-    print(rows, f"model {resolved.model}{chosen}", summary, sep="\n")
+    rows = len(train_table), len(test_table or ())
+    print(outputs.describe_rows(data.split, *rows, data.extra_rows, data.dataset.statistics),
+          f"model {resolved.model}{chosen}", summary, sep="\n")
     return resolved, data
 
 
@@ -907,15 +915,11 @@ def training_seconds(config: Config, data: CompetitionData, started: float, mana
     alone = answer = seconds_per_image(model)
     if config.knn_neighbors:
         answer = seconds_per_image(KNNClassifier(model, config.knn_neighbors, 0.0, empty_knn_index(model, len(rows))))
-    test_rows = len(data.test) * (2 if config.folds else 1)  # of folds alone, and averaged
+    test_rows = len(data.test or ()) * (2 if config.folds else 1)  # of folds alone, and averaged
     passes = alone * (val_rows + len(rows) * (config.knn_neighbors > 0)) + answer * (val_rows + test_rows)
     reserve = 10 + 10 * config.pictures + 1.5 * passes  # seconds to import, write, exit and draw
     used, = runtime.ranks.all_reduce_max(time.monotonic() - started)
-    if used + reserve >= 60 * config.max_minutes and not manager.found:
-        raise UsageError(f"--max-minutes {config.max_minutes:g} leaves no time to train: {used:.0f} s are used"
-                         f"{' or reserved for other folds' if config.folds else ''}, validation and prediction take "
-                         f"{reserve:.0f} s; allow more minutes")
-    return max(60 * config.max_minutes - used - reserve, 0.0)
+    return optim.seconds_left(config.max_minutes, used, reserve, bool(config.folds), must_train=not manager.found)
 
 
 def finish_network(config: Config, data: CompetitionData) -> tuple[TrainedModel, Predictions | None]:
@@ -944,11 +948,12 @@ def finish_network(config: Config, data: CompetitionData) -> tuple[TrainedModel,
 
 
 def write_results(config: Config, data: CompetitionData, best: TrainedModel, history: pd.DataFrame,
-                  predictions: Predictions | None, probabilities: np.ndarray) -> None:
+                  predictions: Predictions | None, probabilities: np.ndarray | None) -> None:
     """Write the submission, the validation predictions and the pictures; remove those of an earlier run."""
     folder = Path(config.output_dir)
-    outputs.write_answers(folder / config.submission_file, data.test.table, probabilities, data.classes,
-                          1 if config.save_probabilities else None)
+    if data.test:
+        outputs.write_answers(folder / config.submission_file, data.test.table, probabilities, data.classes,
+                              1 if config.save_probabilities else None)
     if predictions:
         folds.save_validation(folder / "val_probabilities.npz", predictions, data.classes)
         plots.write_class_accuracy(folder, "", predictions, data.classes, data.latex, config.pictures)
@@ -958,7 +963,7 @@ def write_results(config: Config, data: CompetitionData, best: TrainedModel, his
         plots.plot_class_distribution(folder / "class_distribution.png", targets[: len(data.dataset.table)], names)
         plots.plot_samples(folder / "samples.png", data.split.train_rows, targets, names, data.dataset.ink)
         plots.plot_curves(folder / "curves.png", history, best.metrics["epoch"])
-    written = TRAINING_FILES | {TEST_PROBABILITIES if config.save_probabilities else ""}
+    written = TRAINING_FILES | {TEST_PROBABILITIES if config.save_probabilities and data.test else ""}
     outputs.remove_leftovers(folder, written | VALIDATION_FILES if predictions else written, config.pictures)
 
 
@@ -975,15 +980,18 @@ def run_one(config: Config, data: CompetitionData, stops: StopSignals, started: 
         started -= manager.elapsed
         history = fit(config, data, training_seconds(config, data, started - reserved, manager), manager, stops)
         best, predictions = finish_network(config, data)
-        probabilities = ensemble_predict([best], data.test)
+        probabilities, figures = ensemble_predict([best], data.test) if data.test else None, best.metrics
+        if predictions and data.test:
+            figures = figures | expected_accuracy(predictions, probabilities[data.test.table.usable_rows])
         if ranks.rank == 0:
             write_results(config, data, best, history, predictions, probabilities)
-            outputs.write_run_record(folder, dataclasses.asdict(config), data.dataset.runtime, best.metrics, started,
+            outputs.write_run_record(folder, dataclasses.asdict(config), data.dataset.runtime, figures, started,
                                      own["data"])  # last, since it marks a finished fold
             manager.discard()
-            written = [config.model_file, config.submission_file, "history.csv", "run.json"]
+            written = [config.model_file, *[config.submission_file] * bool(data.test), "history.csv", "run.json"]
             print(outputs.describe_result(best.metrics, history, config.knn_neighbors > 0),
                   outputs.describe_files(written, config.pictures, folder), outputs.describe_time(started), sep="\n")
+            report_expected(figures)
     return time.monotonic() - started
 
 
@@ -994,29 +1002,28 @@ def write_folds(config: Config, every: list[Config], records: list[dict], data: 
     ranks, dataset, folder = data.dataset.runtime.ranks, data.dataset, Path(config.output_dir)
     paths = [Path(own.output_dir, own.model_file) for own in every]
     members = ranks.broadcast_from_rank0(lambda: [load_checkpoint(path) for path in paths])
-    for fold, (path, member) in enumerate(zip(paths, members)):
-        if member.config.fold != fold:
-            raise DataError(f"{path}: is the network of fold {member.config.fold}, not of fold {fold}; restore it, or "
-                            f"train it again with --fold {fold} --no-resume")
-    probabilities = ensemble_predict(members, data.test)
+    folds.check_order(paths, [member.config.fold for member in members])
+    probabilities = ensemble_predict(members, data.test) if data.test else None
     if ranks.rank:
         return
-    outputs.write_answers(folder / config.submission_file, data.test.table, probabilities, data.classes,
-                          len(members) if config.save_probabilities else None)
+    if data.test:
+        outputs.write_answers(folder / config.submission_file, data.test.table, probabilities, data.classes,
+                              len(members) if config.save_probabilities else None)
     predictions = folds.out_of_fold(records, dataset.targets, dataset.ink)
     fold_of_row = data.split.parts[predictions.rows]
-    figures = folds.score_folds(predictions, fold_of_row)
+    figures = folds.score_folds(predictions, fold_of_row) | mean_over_folds(records)
     folds.save_validation(folder / "oof_probabilities.npz", predictions, data.classes, folds=fold_of_row)
     whole = dataclasses.replace(data, split=splits.Split(predictions.rows, predictions.rows))
     started = time.monotonic() - sum(record["seconds"] for record in records)
     outputs.write_run_record(folder, dataclasses.asdict(config), dataset.runtime, figures, started,
                              run_fingerprint(config, whole)["data"])
     plots.write_class_accuracy(folder, "", predictions, data.classes, data.latex, config.pictures)
-    written = {"oof_probabilities.npz", TEST_PROBABILITIES if config.save_probabilities else ""}
+    written = {"oof_probabilities.npz", TEST_PROBABILITIES if config.save_probabilities and data.test else ""}
     outputs.remove_leftovers(folder, written | VALIDATION_FILES - {"val_probabilities.npz"}, config.pictures)
-    written = [f"{config.submission_file} of the {config.folds} networks' mean", "oof_probabilities.npz",
-               "class_accuracy.csv", "run.json"]
+    written = [*[f"{config.submission_file} of the {config.folds} networks' mean"] * bool(data.test),
+               "oof_probabilities.npz", "class_accuracy.csv", "run.json"]
     print(folds.describe_folds(figures), outputs.describe_files(written, config.pictures, folder), sep="\n")
+    report_expected(figures)
 
 
 def fold_config(config: Config, fold: int) -> Config:
@@ -1056,29 +1063,25 @@ def run(config: Config, started: float, stops: StopSignals) -> None:
     files.make_output_folder(Path(config.output_dir), [config.model_file, config.submission_file])
     runtime = start_runtime(config.device, config.precision, config.eval_batch_size)
     print(f"device {runtime.describe()}")
-    if runtime.gpus > 1 and config.compile:
-        raise UsageError(f"--compile does not work with {runtime.gpus} GPUs in one process; start one rank per GPU "
-                         f"(torchrun --nproc-per-node={runtime.gpus} script.py ...), or use one with --device cuda:0")
-    if runtime.gpus > 1:
-        print(f"one process uses {runtime.gpus} GPUs; faster: torchrun --nproc-per-node={runtime.gpus} script.py")
+    device.check_several_gpus(runtime, config.compile)
     config, data = prepare_data(config, runtime)
     (run_folds if config.folds else run_one)(config, data, stops, started)
 
 
 # ---- The commands `predict` and `evaluate` --------------------------------------------------------------------------
 
-def open_members(config: Config, names: list[str], table: tables.Table | None = None) -> list[EnsembleMember]:
-    """Check the named files, or the checkpoint in the output folder. Saved probabilities must be of `table`'s rows."""
+def open_members(config: Config, names: list[str], saved: bool = True) -> list[EnsembleMember]:
+    """Check the named files, or the checkpoint in the output folder; `saved` allows saved probabilities."""
     members = []
     for path in map(Path, names or [Path(config.output_dir, config.model_file)]):
         if path.suffix != ".npz":
             trained = load_checkpoint(path)
             members.append(EnsembleMember(path, trained.classes, 1, trained.config, trained.statistics))
             del trained  # one network is in memory at a time
-        elif table is None:
-            raise UsageError(f"{path}: only predict can average saved probabilities of a test table; name a checkpoint")
+        elif saved:
+            members.append(ensemble.open_saved(path))
         else:
-            members.append(ensemble.open_saved(path, table))
+            raise UsageError(f"{path}: only predict can average saved probabilities of a test table; name a checkpoint")
         if config.tta > 1 and not (members[-1].config and members[-1].config.augment):
             raise UsageError(f"--tta {config.tta}: {path} has one view of an image only, as saved probabilities and "
                              "networks trained with --no-augment do; leave --tta out")
@@ -1093,7 +1096,12 @@ def runtime_for(members: list[EnsembleMember], config: Config) -> Runtime:
     return start_runtime(config.device, precision, config.eval_batch_size)
 
 
-def average_members(members: list[EnsembleMember], table: tables.Table, config: Config,
+def source_for(members: list[EnsembleMember], config: Config) -> TableSource:
+    """Return the source of a test table that is read as the members' training tables were: the same way up."""
+    return sources.read_alike(config.test_source, [member.config.train_source for member in members if member.config])
+
+
+def average_members(members: list[EnsembleMember], table: Table, config: Config,
                     runtime: Runtime) -> tuple[np.ndarray, Callable[[ImageStatistics], np.ndarray]]:
     """Return the members' mean probabilities [rows, classes], one in memory at a time, and the loader of images."""
     @functools.cache
@@ -1117,20 +1125,18 @@ def predict_command(config: Config, names: list[str], started: float) -> None:
     folder = Path(config.output_dir)
     files.check_not_overwritten(folder, written, [*config.inputs, *map(Path, names)])
     files.make_output_folder(folder, [config.submission_file])
-    table = tables.read_test_table(config.test_source)
+    members = open_members(config, names)
+    table = tables.read_test_table(source_for(members, config))
     files.check_not_overwritten(folder, written, table.images_named(written))
-    members = open_members(config, names, table)
-    check_sample_submission(config.test_source.path.with_name("sample_submission.csv"), table, members[0].classes)
-    if not any(member.config for member in members):
-        table.faults.clear()  # saved probabilities need no images
+    ensemble.check_saved(members, table)
+    submission_form(table, members[0].classes)
     runtime = runtime_for(members, config)
     probabilities, _ = average_members(members, table, config, runtime)
     if runtime.ranks.rank:
         return
-    networks = sum(member.networks for member in members)
+    networks, what = ensemble.count_networks(members)
     outputs.write_answers(folder / config.submission_file, table, probabilities, members[0].classes,
                           networks if config.save_probabilities else None)
-    what = "one network" if networks == 1 else f"the mean of {networks} networks"
     print(f"wrote {' and '.join(sorted(written))} in {folder}: {len(table):,} rows of {table.path}, {what}, on "
           f"{runtime.describe()}; {time.monotonic() - started:.1f} s")
 
@@ -1140,8 +1146,8 @@ def evaluate_command(config: Config, names: list[str], started: float) -> None:
     folder = Path(config.output_dir)
     files.check_not_overwritten(folder, EVALUATION_FILES, [*config.inputs, *map(Path, names)])
     files.make_output_folder(folder)
-    members = open_members(config, names)
-    table, classes = tables.open_table(config.test_source, "label"), members[0].classes
+    members = open_members(config, names, saved=False)
+    table, classes = tables.open_table(source_for(members, config), "label"), members[0].classes
     files.check_not_overwritten(folder, EVALUATION_FILES, table.images_named(EVALUATION_FILES))
     targets = tables.known_class_numbers(table, classes)
     runtime = runtime_for(members, config)
@@ -1154,8 +1160,7 @@ def evaluate_command(config: Config, names: list[str], started: float) -> None:
     plots.write_class_accuracy(folder, "evaluation_", predictions, classes, latex, config.pictures)
     print(f"{len(rows):,} rows of {table.path}: {metrics.describe_score(score(probabilities[rows], targets[rows]))}")
     if len(classes) <= plots.LARGEST_MATRIX:
-        for row in metrics.class_accuracy_table(predictions, classes).query("images > 0").itertuples():
-            print(f"  {row.label:>6} {row.accuracy:8.2%} of {row.images:,}")
+        print(metrics.describe_classes(predictions, classes))
     written = outputs.describe_files(["evaluation_class_accuracy.csv"], config.pictures, folder)
     print(f"{written}; {time.monotonic() - started:.1f} s")
 

@@ -47,7 +47,8 @@ def measure(config: script.Config, size: int, steps: int) -> str:
     started = time.perf_counter()
     config = script.resolve_config(config, runtime, round(size * config.train_val_split))
     dataset = script.MathSymbolDataset(table, config, None, statistics, runtime, images)
-    split = splits.split_rows(config.split, dataset.targets, table.usable_rows, images, None, table.path)
+    split = splits.split_rows(config.split, dataset.targets, table.usable_rows, splits.image_digests(images), None,
+                                  table.path)
     model = runtime.to_device(script.build_model(config, len(dataset.classes)))
     trainer = script.Trainer(config, model, runtime, config.batch_size)
     batches = optim.epoch_batches(split.train_rows, config.batch_size, config.seed, 1)

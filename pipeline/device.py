@@ -139,6 +139,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error)
 
 
+def check_several_gpus(runtime: Runtime, compiled: bool) -> None:
+    """Say how several GPUs are better used than by one process. Raises UsageError for --compile, which cannot be."""
+    command = f"torchrun --nproc-per-node={runtime.gpus} script.py"
+    if runtime.gpus > 1 and compiled:
+        raise UsageError(f"--compile does not work with {runtime.gpus} GPUs in one process; start one rank per GPU "
+                         f"({command} ...), or use one with --device cuda:0")
+    if runtime.gpus > 1:
+        print(f"one process uses {runtime.gpus} GPUs; faster: {command}")
+
+
 @contextlib.contextmanager
 def memory_remedy(remedy: str):
     """Raise DataError with this remedy if the device runs out of memory inside a with block."""

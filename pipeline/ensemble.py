@@ -9,7 +9,7 @@ import pandas as pd
 
 from pipeline.errors import DataError, first_line
 from pipeline.files import atomic_write
-from pipeline.tables import Table
+from pipeline.sources import Table
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,17 @@ def check_same_classes(members: list[EnsembleMember]) -> None:
                             f"({', '.join(sorted(differing)[:5])}); average networks trained on the same ones")
 
 
+def count_networks(members: list[EnsembleMember]) -> tuple[int, str]:
+    """Return the number of networks that the members' mean is of, and how it is said."""
+    networks = sum(member.networks for member in members)
+    return networks, "one network" if networks == 1 else f"the mean of {networks} networks"
+
+
 def average(members: list[EnsembleMember], predict: Callable[[EnsembleMember], np.ndarray]) -> np.ndarray:
     """Return the networks' mean probabilities [N, classes], float32, with the classes in the first member's order."""
     total = sum(member.networks * predict(member)[:, pd.Index(member.classes).get_indexer(members[0].classes)]
                 for member in members)
-    return total / sum(member.networks for member in members)
+    return total / count_networks(members)[0]
 
 
 def save_probabilities(path: Path, table: Table, probabilities: np.ndarray, classes: list[str], networks: int) -> None:
@@ -68,17 +74,31 @@ def read_probabilities(path: Path) -> dict[str, np.ndarray]:
                         f"{first_line(error)}); write it again with --save-probabilities") from None
 
 
-def open_saved(path: Path, table: Table) -> EnsembleMember:
-    """Return a file of saved probabilities as a member. Raises DataError if it is not of the rows of this table."""
+def open_saved(path: Path) -> EnsembleMember:
+    """Return a file of saved probabilities as a member."""
     saved = read_probabilities(path)
-    match_ids(path, saved["ids"], table)
     return EnsembleMember(path, saved["classes"].tolist(), int(saved["weight"]))
 
 
 def saved_for(member: EnsembleMember, table: Table) -> np.ndarray:
-    """Return the saved probabilities of a member, in the order of the table's rows."""
+    """Return the saved probabilities of a member, in the order of a test table's rows.
+
+    Raises DataError if they are not of the rows of this table.
+    """
     saved = read_probabilities(member.path)
     return saved["probabilities"][match_ids(member.path, saved["ids"], table)]
+
+
+def check_saved(members: list[EnsembleMember], table: Table) -> None:
+    """Raise DataError for saved probabilities that are not of a test table's rows, before networks take their time.
+
+    Where all are saved, no image is needed, and faulty ones are forgotten.
+    """
+    saved = [member for member in members if not member.config]
+    for member in saved:
+        saved_for(member, table)
+    if len(saved) == len(members):
+        table.faults.clear()
 
 
 def match_ids(path: Path, ids: np.ndarray, table: Table) -> np.ndarray:

@@ -64,6 +64,14 @@ def run(wanted: list[int], finished: dict[int, dict], train_one: Callable[[int, 
         used += train_one(fold, begun, seconds - (seconds - used) / (len(remaining) - place))
 
 
+def check_order(paths: list[Path], folds: list[int | None]) -> None:
+    """Raise DataError for the first checkpoint that is not of the fold whose folder it is in."""
+    for fold, (path, found) in enumerate(zip(paths, folds)):
+        if found != fold:
+            raise DataError(f"{path}: is the network of fold {found}, not of fold {fold}; restore it, or train it "
+                            f"again with --fold {fold} --no-resume")
+
+
 def describe_missing(missing: list[int], folds: int) -> str:
     """Return which folds are not finished, and the command that trains them."""
     flags = ", ".join(f"--fold {fold}" for fold in missing)

@@ -1,43 +1,58 @@
 """Images are decoded once into one uint8 array of ink: 0 is background, 255 full ink. The array is cached on disk."""
 
 import functools
-import glob
 import hashlib
-import io
 import json
 import math
-import multiprocessing
 import os
-import signal
-import sys
 import time
-import warnings
-from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
-from tqdm import tqdm
 
-from pipeline.distributed import exit_with_parent
+from pipeline.decoding import (
+    CHUNK,
+    COLOURS,
+    DEEP,
+    EIGHT_BITS,
+    background_of,
+    border_of,
+    depth_of,
+    describe_fault,
+    edges,
+    file_level,
+    fit_to_square,
+    map_images,
+    read_grey,
+    to_grey,
+    to_ink,
+    white_level,
+)
 from pipeline.errors import DataError, first_line, warn
 from pipeline.files import atomic_write, cache_folder
-from pipeline.signals import block_signals
-from pipeline.tables import Table
+from pipeline.image_paths import check_root, path_remedy
+from pipeline.sources import Table
 
-LARGEST_IMAGE = 50_000_000  # pixels; a larger file may be made to exhaust the memory
-CACHE_FORMAT = 3            # raised when decoding changes, so that older caches are not used
-DECODE_CHUNK = 1000         # images that a process decodes at a time
+CACHE_FORMAT = 4     # raised when decoding changes, so that older caches are not used
+SAMPLE = 256         # images that tell what a table's are like
+LEAST_MIXED = 0.02   # share of images of the other background from which each image's own border decides
 
 
 @dataclass(frozen=True)
 class ImageStatistics:
-    """Background and size, measured on the training images and applied to every image that the network sees."""
+    """Background, size and range, measured on the training images and applied to every image that the network sees."""
 
-    background: int  # grey level of the background: 255 for black on white, 0 for white on black
-    size: int        # side of the stored images in pixels
+    background: int | None  # 255 for black on white, 0 for white on black, None if each image's own border decides
+    size: int               # side of the stored images in pixels
+    levels: float = 255     # grey level that is white: 1, 16, 255, 4095, ...
+
+    @property
+    def described(self) -> str:
+        """The background and the range in words."""
+        names = {255: "black on white", 0: "white on black", None: "both backgrounds"}
+        return names[self.background] + (f", grey levels 0 to {self.levels:g}" if self.levels != 255 else "")
 
 
 @dataclass(frozen=True)
@@ -49,84 +64,150 @@ class LoadSettings:
     on_bad_image: str = "error"  # or "skip"
 
 
-def read_grey(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return grey levels [H, W], uint8, of an image's first frame, upright, and its opacity [H, W] or None."""
-    with open(path, "rb") as file:  # at once, since Pillow reads a file in many small pieces
-        data = file.read()
-    if not data:
-        raise ValueError("the file is empty")
-    with warnings.catch_warnings(action="ignore"):
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height > LARGEST_IMAGE:
-            raise ValueError(f"{image.width} x {image.height} pixels are too many; scale it down")
-        image.load()
-        if "exif" in image.info:
-            with suppress(Exception):  # damaged EXIF data rotates nothing
-                image = ImageOps.exif_transpose(image)
-    if image.mode[0] in "IF":  # 16 bits or more per pixel, which convert("L") would clip
-        deep = np.nan_to_num(np.asarray(image, dtype=np.float32))
-        highest = max(float(deep.max()), 65535.0)
-        if deep.max() < 512:  # resampling may overshoot 1 or 255
-            highest = 1.0 if image.mode == "F" and deep.max() < 2 else 255.0
-        return (deep / (highest / 255)).clip(0, 255).astype(np.uint8), None
-    if "A" in image.getbands() or "transparency" in image.info:
-        grey, alpha = image.convert("RGBA").convert("LA").split()
-        return np.asarray(grey), np.asarray(alpha)
-    return np.asarray(image.convert("L")), None
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """What some images of a table are like [N, 7]: of each its highest level, the quartiles of its border,
+    its longer side, its depth, and whether its levels are fractions."""
+
+    images: np.ndarray
+
+    @property
+    def levels(self) -> float:
+        """The grey level that is white. Transparent images have 8 bits, however dark their ink is."""
+        plain = self.images[self.images[:, 5] != COLOURS]
+        level = white_level(plain[:, 0].max(initial=0), bool(plain[:, 6].any()))
+        return level if len(plain) == len(self.images) else max(level, 255.0)
+
+    @property
+    def size(self) -> int:
+        """The longest side, 0 without images."""
+        return int(self.images[:, 4].max(initial=0))
+
+    def whites(self, levels: float) -> np.ndarray:
+        """Return the grey level that is white in each image [N], if `levels` is the table's."""
+        return np.array([file_level(depth, highest, levels) for highest, depth in self.images[:, [0, 5]].tolist()])
+
+    def backgrounds(self, levels: float) -> tuple[np.ndarray, np.ndarray]:
+        """Return each image's background, 0 or 255 [N], and whether three quarters of its border are near it [N]."""
+        low, median, high = self.images[:, 1:4].T / self.whites(levels)
+        return np.where(median > 0.5, 255, 0), (low >= 0.75) | (high <= 0.25)
+
+    def background(self, levels: float) -> int | None:
+        """Return the usual background, or None if a share of the images has the other one."""
+        backgrounds, flat = self.backgrounds(levels)
+        counts = np.bincount(backgrounds[flat] // 255, minlength=2)
+        if counts.sum() >= 0.8 * len(flat) and counts.min() >= max(3, LEAST_MIXED * counts.sum()):
+            return None
+        return 0 if len(flat) and backgrounds.mean() <= 127 else 255
 
 
-def background_of(grey: np.ndarray, alpha: np.ndarray | None) -> int:
-    """Return the background, 0 or 255: the border's if most of it is opaque, else the opposite of what is drawn."""
-    border = np.ones(grey.shape, dtype=bool)
-    border[1:-1, 1:-1] = False
-    opaque = np.full(grey.shape, True) if alpha is None or not alpha.any() else alpha >= min(128, alpha.max())
-    if opaque[border].mean() <= 0.5:
-        return 0 if grey[opaque].mean() > 127 else 255
-    return 255 if np.median(grey[border & opaque]) > 127 else 0
+def quartiles(borders: np.ndarray) -> np.ndarray:
+    """Return the quartiles of borders [..., N] as [..., 3]."""
+    return np.sort(borders)[..., np.rint(np.array([0.25, 0.5, 0.75]) * (borders.shape[-1] - 1)).astype(int)]
 
 
-def to_ink(grey: np.ndarray, alpha: np.ndarray | None, background: int) -> np.ndarray:
-    """Return the ink [H, W], uint8: the distance from the background, 0 where the image is transparent."""
-    ink = grey if background == 0 else 255 - grey
-    return ink if alpha is None else (ink.astype(np.uint16) * alpha // 255).astype(np.uint8)
+def survey_image(source: str | bytes) -> list[float] | str:
+    """Return what an image is like, a row of a `Survey`, or in a few words why it cannot be used."""
+    try:
+        raw, alpha = read_grey(source)
+        return [float(raw.max()), *quartiles(border_of(raw, alpha)).tolist(), max(raw.shape), depth_of(raw, alpha),
+                raw.dtype.kind == "f"]
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
+        return describe_fault(error)
 
 
-def fit_to_square(ink: np.ndarray, size: int) -> np.ndarray:
-    """Return ink [size, size], uint8: scaled without distortion and centred on background."""
-    height, width = ink.shape
-    if height == width == size:
-        return ink
-    scaled = [max(1, round(side * size / max(height, width))) for side in (width, height)]
-    page = Image.new("L", (size, size), 0)
-    page.paste(Image.fromarray(ink).resize(scaled, Image.Resampling.BILINEAR),
-               ((size - scaled[0]) // 2, (size - scaled[1]) // 2))
-    return np.asarray(page)
+def survey_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Return what images [N, H, W] of a table of pixels are like, the rows of a `Survey`."""
+    found = np.empty((len(pixels), 7))
+    found[:, 0], found[:, 1:4] = pixels.max(axis=(1, 2), initial=0), quartiles(edges(pixels))
+    found[:, 4:] = max(pixels.shape[1:]), DEEP, pixels.dtype.kind == "f"
+    return found
 
 
-def describe_fault(error: Exception) -> str:
-    """Return in a few words why an image cannot be read."""
-    if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image that Pillow can read"
-    return (getattr(error, "strerror", None) or first_line(error)).lower()
+def survey(table: Table, rows: np.ndarray, workers: int = 0) -> Survey:
+    """Return what some rows' images are like. Those that cannot be read are reported when all are decoded."""
+    rows = np.setdiff1d(rows, table.bad_rows)
+    if table.pixels is not None:
+        return Survey(survey_pixels(table.pixels if len(rows) == len(table) else table.pixels[rows]))
+    results = map_images(survey_image, sources_of(table, rows), workers)
+    return Survey(np.array([found for found in results if not isinstance(found, str)], dtype=float).reshape(-1, 7))
 
 
-def estimate_image_statistics(table: Table, image_size: int | None) -> ImageStatistics:
-    """Measure the background, and the size to store: the images' own, at most `image_size`, on a sample of a table."""
-    background, size = _measure_sample(table)
-    size = size or image_size or 32
-    return ImageStatistics(background, min(size, image_size or size))
+def survey_sample(table: Table) -> Survey:
+    """Return what up to 256 random images of a table are like."""
+    return survey(table, np.random.default_rng(0).permutation(len(table))[:SAMPLE])
 
 
-def _measure_sample(table: Table) -> tuple[int, int]:
-    """Return the usual background and the longest side of up to 256 random images; 255 and 0 if none is readable."""
-    backgrounds, sides = [], [0]
-    for place in np.setdiff1d(np.random.default_rng(0).permutation(len(table))[:256], table.bad_rows).tolist():
-        with suppress(Exception):  # reported with its row when all images are decoded
-            grey, alpha = (table.pixels[place], None) if table.pixels is not None else read_grey(
-                os.path.join(table.image_root, table.rows.image_path.iloc[place]))
-            backgrounds.append(background_of(grey, alpha))
-            sides.append(max(grey.shape))
-    return 255 if np.mean(backgrounds or 255) > 127 else 0, max(sides)
+def sources_of(table: Table, rows: np.ndarray) -> list[str] | list[bytes]:
+    """Return the paths of some rows' images, or the contents of their files if the table holds them."""
+    if table.encoded is not None:
+        return [table.encoded[row] for row in rows]
+    return [os.path.join(table.image_root, name) for name in table.rows.image_path.iloc[rows]]
+
+
+def estimate_image_statistics(table: Table, image_size: int | None, workers: int = -1) -> ImageStatistics:
+    """Measure background, range, and the size to store: the images' own, at most `image_size`.
+
+    A sample of the images is enough if they have 8 bits, all of them in use, and one background; otherwise all are
+    looked at, and images of both backgrounds are counted in one line.
+    """
+    found = survey_sample(table)
+    deep = found.images[:, 5] == DEEP
+    usual = table.pixels.dtype == np.uint8 if table.pixels is not None else not deep.any()
+    if not usual or found.levels != 255 or found.background(255) is None:
+        found = survey(table, np.arange(len(table)), workers)
+    levels, size = found.levels, found.size or image_size or 32
+    background = found.background(levels)
+    if background is None:
+        print(describe_mixture(table, found, levels))
+    return ImageStatistics(background, min(size, image_size or size), levels)
+
+
+def describe_mixture(table: Table, found: Survey, levels: float) -> str:
+    """Return one line with the number of a table's images that have the rarer background."""
+    light = int((found.backgrounds(levels)[0] == 255).sum())
+    rare, common = sorted([(light, "black on white"), (len(found.images) - light, "white on black")])
+    return (f"{table.path}: {rare[0]:,} of {len(found.images):,} images are {rare[1]}, the others {common[1]}; each "
+            "image's own border decides")
+
+
+def compare_with_training(table: Table, statistics: ImageStatistics, workers: int) -> ImageStatistics:
+    """Return the statistics to load a table's images with: their own borders decide if they have both backgrounds.
+
+    Warns of images that are the opposite of the training images, or of another range.
+    """
+    found = survey_sample(table)
+    if warn_of_range(table, found, statistics.levels):
+        return statistics
+    if statistics.background is None or not len(found.images):
+        return statistics
+    if found.background(statistics.levels) is None:  # or so it seems
+        found = survey(table, np.arange(len(table)), workers)
+    background = found.background(statistics.levels)
+    if background is None:
+        print(describe_mixture(table, found, statistics.levels))
+        return replace(statistics, background=None)
+    if background == statistics.background:
+        return statistics
+    warn(f"{table.path}: the training images are {statistics.described} and these are the opposite; invert them")
+    return statistics
+
+
+def warn_of_range(table: Table, found: Survey, levels: float) -> bool:
+    """Warn of a table whose images are much darker than the training images or have levels above their white."""
+    highest, depths = found.images[:, 0], found.images[:, 5]
+    whites = np.where(depths == EIGHT_BITS, min(levels, 255.0), levels)
+    if table.pixels is None:
+        whites = np.where(depths == DEEP, found.whites(levels), whites)
+    shares = np.where(depths == COLOURS, 0, highest / whites)
+    share = shares.max(initial=0)
+    if share == 0 or 1 / 8 < share <= (2 if found.images[:, 6].any() else 1):
+        return False
+    top, white = highest[shares.argmax()], whites[shares.argmax()]
+    factor = white / (found.levels if found.levels != white else top)
+    remedy = f"multiply them by {factor:g}" if factor > 1 else f"divide them by {1 / factor:g}"
+    warn(f"{table.path}: its grey levels go up to {top:g}, those of the training images to {levels:g}; {remedy}")
+    return True
 
 
 def load_images(tables: list[Table], statistics: ImageStatistics, settings: LoadSettings) -> list[np.ndarray]:
@@ -134,49 +215,40 @@ def load_images(tables: list[Table], statistics: ImageStatistics, settings: Load
 
     Raises DataError that lists the first ten bad images; with `on_bad_image="skip"` they are warned of and left blank.
     """
-    colours = "black on white" if statistics.background else "white on black"
     for table in tables:
-        if table.pixels is None and not table.image_root.is_dir():
-            raise DataError(f"{table.image_root}: no such folder; name the images' folder with --root-dir")
-        background, size = _measure_sample(table)
-        if size and background != statistics.background:
-            warn(f"{table.path}: the training images are {colours} and these are the opposite; invert them")
-    loaded = [_load_table(table, statistics, settings) for table in tables]
-    faults = [f"{table.path}, row {table.rows.index[place]}: {table.rows.image_path.iloc[place]!r}: "
-              f"{table.faults[place]}" for table in tables for place in table.bad_rows]
+        check_root(table)
+    owns = [compare_with_training(table, statistics, settings.num_workers) for table in tables]
+    loaded = [_load_table(table, own, settings) for table, own in zip(tables, owns)]
+    faults = [describe_row(table, place) for table in tables for place in table.bad_rows]
     if not faults:
         return loaded
     count = f"{len(faults)} image{'s' * (len(faults) > 1)} cannot be used"
     listed = "\n  ".join(faults[:10]) + f"\n  and {len(faults) - 10} more" * (len(faults) > 10)
+    remedies = dict.fromkeys(filter(None, map(path_remedy, tables)))
     for table in tables:
         if len(table.bad_rows) == len(table):
-            raise DataError(f"{table.path}: none of its images can be used; {_path_remedy(table)}:\n  {listed}")
+            raise DataError(f"{table.path}: none of its images can be used; {path_remedy(table) or 'replace them'}:\n  "
+                            f"{listed}")
     if settings.on_bad_image == "error":
-        raise DataError(f"{count}; replace each file or remove its row, or leave them out with --on-bad-image skip:\n  "
-                        f"{listed}")
+        remedy = "; ".join(remedies) or "replace each file or remove its row"
+        raise DataError(f"{count}; {remedy}, or leave them out with --on-bad-image skip:\n  {listed}")
     warn(f"{count} and left out:\n  {listed}")
     return loaded
 
 
-def _path_remedy(table: Table) -> str:
-    """Return what may help if none of a table's images can be used."""
-    name, root = table.rows.image_path.iloc[0], table.image_root
-    if all("symbolic link" in fault for fault in table.faults.values()):
-        return f"copy the images into {root} (cp -rL), or give the folder that the link leads to as --root-dir"
-    if (root.parent / name).is_file():
-        return "its paths start from --data-dir: give --root-dir . (--extra-root . for extra rows)"
-    found = [path.name for path in (root / name).parent.glob(glob.escape(Path(name).name) + ".*")]
-    if len(found) == 1:
-        return f"write the extension into its paths, as in {found[0]}"
-    return f"if its paths do not start from {root}, name their folder with --root-dir (--extra-root for extra rows)"
+def describe_row(table: Table, place: int) -> str:
+    """Return a bad row, its image's path and why it cannot be used."""
+    path = f"{table.rows.image_path.iloc[place]!r}: " if "image_path" in table.rows else ""
+    return f"{table.where(place)}: {path}{table.faults[place]}"
 
 
 def _load_table(table: Table, statistics: ImageStatistics, settings: LoadSettings) -> np.ndarray:
     """Return a table's images, decoding those that the cache does not hold or whose files have changed since."""
     if table.pixels is not None:
-        inks = (to_ink(grey, None, statistics.background) for grey in table.pixels)
-        return np.stack([fit_to_square(ink, statistics.size) for ink in inks])[:, None]
-    paths = [os.path.join(table.image_root, name) for name in table.rows.image_path]
+        return _load_pixels(table.pixels, statistics)[:, None]
+    if table.encoded is not None:
+        return decode_rows(table, np.arange(len(table)), statistics, settings)[:, None]
+    paths = sources_of(table, np.arange(len(table)))
     key = json.dumps([CACHE_FORMAT, str(table.image_root.resolve()), astuple(statistics), list(table.rows.image_path)])
     cache = cache_folder(settings.cache_dir) / f"images-{hashlib.sha256(key.encode()).hexdigest()[:24]}.bin"
     identities = _file_identities(paths)
@@ -187,55 +259,70 @@ def _load_table(table: Table, statistics: ImageStatistics, settings: LoadSetting
     if not len(stale):
         return images[:, None]
     started = time.perf_counter()
-    fresh, faults = decode_images([paths[place] for place in stale], statistics, settings.num_workers)
+    fresh = decode_rows(table, stale, statistics, settings)
     seconds = time.perf_counter() - started
     print(f"decoded {len(stale):,} images of {table.path} in {seconds:.1f} s ({len(stale) / seconds:,.0f}/s)")
     images = np.array(images)  # Windows cannot replace a file that is still mapped
     images[stale] = fresh
-    table.faults.update({int(stale[place]): fault for place, fault in faults.items()})
     identities[table.bad_rows] = -1  # to be tried again by the next run
     return _write_cache(cache, images, identities)[:, None]
 
 
-def decode_images(paths: list[str], statistics: ImageStatistics, workers: int) -> tuple[np.ndarray, dict[int, str]]:
-    """Decode images on several processes. Return ink [N, size, size] and the faults by position."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(len(paths) // DECODE_CHUNK, cores if workers < 0 else workers, 61)  # 61: the most on Windows
-    images, faults = np.zeros((len(paths), statistics.size, statistics.size), dtype=np.uint8), {}
-    decode = functools.partial(decode_image, statistics)
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else None)  # spawned ones import torch
-    pool = ProcessPoolExecutor(max(workers, 1), mp_context=context, initializer=_start_worker)
-    try:
-        with block_signals():  # a pool forks when it is given work
-            results = pool.map(decode, paths, chunksize=DECODE_CHUNK) if workers else map(decode, paths)
-        for place, result in enumerate(tqdm(results, "decoding", len(paths), unit="img", disable=None)):
-            if isinstance(result, str):
-                faults[place] = result
-            else:
-                images[place] = np.frombuffer(result, np.uint8).reshape(images.shape[1:])
-    except BrokenProcessPool:
-        raise DataError("a process that decodes images was killed, maybe out of memory; try --num-workers 0") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return images, faults
+def _load_pixels(pixels: np.ndarray, statistics: ImageStatistics) -> np.ndarray:
+    """Return the ink [N, size, size], uint8, of grey levels [N, H, W]."""
+    parts = []
+    for first in range(0, len(pixels), CHUNK):
+        grey = to_grey(pixels[first : first + CHUNK], statistics.levels)
+        light = statistics.background or 0
+        if statistics.background is None:
+            light = np.where(np.median(edges(grey), axis=1) > 127, 255, 0).astype(np.uint8)[:, None, None]
+        inks = grey ^ np.uint8(light)  # 255 - grey where the background is 255
+        fits = grey.shape[1:] == (statistics.size, statistics.size)
+        parts.append(inks if fits else np.stack([fit_to_square(ink, statistics.size) for ink in inks]))
+    return np.concatenate(parts)
 
 
-def decode_image(statistics: ImageStatistics, path: str) -> bytes | str:
-    """Return the ink [size, size] of an image as bytes, or in a few words why it cannot be used."""
+def decode_rows(table: Table, rows: np.ndarray, statistics: ImageStatistics, settings: LoadSettings) -> np.ndarray:
+    """Return the ink [N, size, size] of some rows' images; add the faults to the table, and warn of images whose
+    depth is a guess."""
+    images, faults, deeper = decode_images(sources_of(table, rows), statistics, settings.num_workers)
+    table.faults.update({int(rows[place]): fault for place, fault in faults.items()})
+    if deeper:
+        more = f" and {len(deeper) - 1:,} more images" if len(deeper) > 1 else ""
+        warn(f"{table.where(rows[deeper[0]])}{more}: grey levels beyond {statistics.levels:g}, the training images' "
+             "white; each is scaled by its own depth: save them with as many bits as the others to be sure")
+    return images
+
+
+def decode_images(sources: list[str] | list[bytes], statistics: ImageStatistics,
+                  workers: int) -> tuple[np.ndarray, dict[int, str], list[int]]:
+    """Decode images, files or contents of files, on several processes. Return ink [N, size, size], the faults by
+    position, and the positions of images whose depth is a guess."""
+    size = statistics.size
+    images, faults, deeper = np.zeros((len(sources), size, size), dtype=np.uint8), {}, []
+    for place, result in enumerate(map_images(functools.partial(decode_image, statistics), sources, workers)):
+        if isinstance(result, str):
+            faults[place] = result
+        else:
+            images[place] = np.frombuffer(result, np.uint8, size * size).reshape(size, size)
+            if len(result) > size * size:
+                deeper.append(place)
+    return images, faults, deeper
+
+
+def decode_image(statistics: ImageStatistics, source: str | bytes) -> bytes | str:
+    """Return the ink [size, size] of an image as bytes, with one more byte if its depth is a guess, other than the
+    table's and below 16 bits; or in a few words why it cannot be used."""
     try:
-        return fit_to_square(to_ink(*read_grey(path), statistics.background), statistics.size).tobytes()
+        raw, alpha = read_grey(source)
+        depth = depth_of(raw, alpha)
+        level = file_level(depth, float(raw.max()) if depth == DEEP else 0, statistics.levels)
+        grey = to_grey(raw, level)
+        background = background_of(grey, alpha) if statistics.background is None else statistics.background
+        ink = fit_to_square(to_ink(grey, alpha, background), statistics.size)
+        return ink.tobytes() + b"+" * (depth == DEEP and statistics.levels < level < 65535)
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
         return describe_fault(error)
-
-
-def _start_worker() -> None:
-    """Leave a terminal's signals to the parent of this decoding process, and end with the parent."""
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    for name, handler in (("SIGINT", signal.SIG_IGN), ("SIGTERM", signal.SIG_DFL), ("SIGUSR1", signal.SIG_IGN)):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), handler)
-    exit_with_parent()
 
 
 def _file_identities(paths: list[str]) -> np.ndarray:

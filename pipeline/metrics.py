@@ -65,17 +65,24 @@ def class_accuracy_table(predictions: Predictions, classes: list[str]) -> pd.Dat
         return pd.DataFrame({"label": classes, "images": counts, "accuracy": hits / counts, "taken_for": mistakes})
 
 
+def describe_classes(predictions: Predictions, classes: list[str]) -> str:
+    """Return a line for each class that has images: its label, its accuracy and their number."""
+    table = class_accuracy_table(predictions, classes).query("images > 0")
+    return "\n".join(f"  {row.label:>6} {row.accuracy:8.2%} of {row.images:,}" for row in table.itertuples())
+
+
 HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "val_top3_accuracy",
                    "val_class_accuracy", "learning_rate", "seconds"]
 
 
-def describe_epoch(row: dict, epochs: int, images_per_second: float) -> str:
-    """Return one line with an epoch's metrics."""
+def describe_epoch(row: dict, epochs: int, images_per_second: float, skipped: float = 0) -> str:
+    """Return one line with an epoch's metrics, and the number of steps that were skipped, if there were any."""
     text = f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:6.2%}"
     if "val_loss" in row:
         text += (f"  val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:6.2%} "
                  f"top 3 {row['val_top3_accuracy']:6.2%} per class {row['val_class_accuracy']:6.2%}")
-    return text + f"  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s  {images_per_second:,.0f} images/s"
+    text += f"  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s  {images_per_second:,.0f} images/s"
+    return text + (f"  {skipped:.0f} steps skipped: not finite" if skipped else "")
 
 
 def is_better(row: dict, best: dict | None, select_by: str) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import Ranks
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 from pipeline.models import Normalize
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps without finite numbers after which a training has diverged
@@ -38,6 +38,16 @@ def accumulation_shares(sizes: list[int], accumulation_steps: int) -> list[tuple
     groups = np.array_split(sizes, math.ceil(len(sizes) / accumulation_steps))
     return [(float(share), place == len(group) - 1)
             for group in groups for place, share in enumerate(group / group.sum())]
+
+
+def seconds_left(max_minutes: float, used: float, reserve: float, folds: bool, must_train: bool) -> float:
+    """Return the seconds of max_minutes for training. Raises UsageError if there are none and a network is needed."""
+    seconds = 60 * max_minutes - used - reserve
+    if seconds <= 0 and must_train:
+        raise UsageError(f"--max-minutes {max_minutes:g} leaves no time to train: {used:.0f} s are used"
+                         f"{' or reserved for other folds' if folds else ''}, validation and prediction take "
+                         f"{reserve:.0f} s; allow more minutes")
+    return max(seconds, 0.0)
 
 
 class TrainingClock:

@@ -26,12 +26,22 @@ RESERVED_FILES = {*LAST_FILES, TEST_PROBABILITIES, *VALIDATION_FILES, *TRAINING_
                   "run.json"}
 
 
+def check_file_names(**names: str) -> None:
+    """Raise ValueError if two files of a run would have one name, or one of them a folder's."""
+    for field, name in names.items():
+        if not name or Path(name).name != name or name.lower() in RESERVED_FILES:
+            raise ValueError(f"{field} must be a name without a folder that no other file of a run has, not {name!r}; "
+                             "the folder is output_dir")
+    if len({name.lower() for name in names.values()}) < len(names):
+        raise ValueError(f"{' and '.join(names)} must be different, not both {next(iter(names.values()))!r}")
+
+
 def describe_rows(split: Split, train_rows: int, test_rows: int, extra_rows: np.ndarray,
                   statistics: ImageStatistics) -> str:
     """Return one line about the rows and images of a run, and one about the extra rows, if there are any."""
     own = int((split.train_rows < train_rows).sum())
     text = (f"{own:,} rows to train on, {len(split.val_rows):,} to validate on, {test_rows:,} to predict; "
-            f"{'black on white' if statistics.background else 'white on black'}, stored at {statistics.size} pixels")
+            f"{statistics.described}, stored at {statistics.size} pixels")
     if len(extra_rows):
         used = len(split.train_rows) - own
         text += f"\n{used:,} extra rows to train on; {len(extra_rows) - used:,} left out: copies of validation images"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 
 SMALLEST_CLASS_TO_SPLIT = 4  # a class with fewer rows is only trained on
 
@@ -29,6 +29,29 @@ class SplitSettings:
         by_share = not self.folds and self.group_column and self.train_val_split < 1
         return round(1 / (1 - self.train_val_split)) if by_share else self.folds
 
+    def check(self) -> None:
+        """Raise ValueError for settings that do not go together."""
+        for wrong, message in (
+            (self.folds == 1, "folds must be 0 (one network) or at least 2, not 1"),
+            (self.fold is not None and self.fold >= self.folds,
+             f"fold must be below folds, which is {self.folds}, not {self.fold}; it counts from 0"),
+            (self.folds and self.train_val_split == 1,
+             "with folds every row validates once: train_val_split must not be 1"),
+            (self.group_column and self.parts == 1, "group_column needs train_val_split above 1/3, or folds"),
+        ):
+            if wrong:
+                raise ValueError(message)
+
+    def fewest(self) -> tuple[int, str]:
+        """Return the least number of rows of a class that is split, and what is said of smaller ones."""
+        if self.parts:
+            return self.parts, f"too few rows for {self.parts} parts of the split, so that some lack them"
+        return SMALLEST_CLASS_TO_SPLIT, "too few rows to split, so that they are only trained on"
+
+    def count_training_rows(self, rows: int) -> int:
+        """Return about how many of so many rows are trained on."""
+        return rows - rows // self.parts if self.parts else round(rows * self.train_val_split)
+
     def effective(self) -> dict[str, object]:
         """Return the settings that have an effect."""
         names = ["split_seed", *(["folds", "fold"] if self.folds else ["train_val_split"])]
@@ -47,14 +70,20 @@ class Split:
     val_rows: np.ndarray
     parts: np.ndarray | None = None
 
+    def check_validates(self) -> None:
+        """Raise UsageError if there is no validation row."""
+        if not len(self.val_rows):
+            raise UsageError("--schedule plateau and --early-stopping need validation rows, and no class has "
+                             f"{SMALLEST_CLASS_TO_SPLIT} rows with usable images; leave them out")
 
-def split_rows(settings: SplitSettings, targets: np.ndarray, usable: np.ndarray, images: np.ndarray,
+
+def split_rows(settings: SplitSettings, targets: np.ndarray, usable: np.ndarray, digests: list[bytes],
                groups: np.ndarray | None, table: str) -> Split:
-    """Split the `usable` rows by class `targets` [N]; rows of equal `images` [N, ...] or `groups` [N] stay together.
+    """Split the `usable` rows by class `targets` [N]; rows of equal image `digests` or `groups` [N] stay together.
 
     Raises DataError, naming the table, if there are too few rows for the parts.
     """
-    copies = pd.factorize(pd.Series(image_digests(images)))[0][usable]
+    copies = pd.factorize(pd.Series(digests))[0][usable]
     if len(usable) < 2:
         raise DataError(f"{table}: fewer than two rows have an image that can be used")
     if not settings.parts:
@@ -117,6 +146,15 @@ def rows_of_part(parts: np.ndarray, part: int) -> tuple[np.ndarray, np.ndarray]:
 def image_digests(images: np.ndarray) -> list[bytes]:
     """Return a digest of each image's pixels."""
     return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in images]
+
+
+def report_copies(digests: list[bytes], test_digests: list[bytes]) -> None:
+    """Print the numbers of equal images in a table, and in another one, if there are any."""
+    own, shared = pd.Series(digests).duplicated().sum(), pd.Series(test_digests, dtype=object).isin(digests).sum()
+    found = [f"{own:,} labelled images have the pixels of an earlier one and stay on its side of the split"] * bool(own)
+    found += [f"{shared:,} images to predict have the pixels of a labelled one"] * bool(shared)
+    if found:
+        print("; ".join(found))
 
 
 def are_copies(images: np.ndarray, others: np.ndarray) -> np.ndarray:

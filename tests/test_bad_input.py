@@ -85,8 +85,8 @@ def sample(change):
 FAULTS = {
     "no train.csv": (lambda data: (data / "train.csv").unlink(), "train.csv: no such file"),
     "no test.csv": (lambda data: (data / "test.csv").unlink(), "test.csv: no such file"),
-    "train.csv a folder": (lambda data: [(data / "train.csv").unlink(), (data / "train.csv").mkdir()],
-                           "train.csv: cannot be read (is a directory)"),
+    "train.csv an empty folder": (lambda data: [(data / "train.csv").unlink(), (data / "train.csv").mkdir()],
+                                  "train.csv: no image"),
     "no image folder": (lambda data: shutil.rmtree(data / "Dataset_Image"), "Dataset_Image: no such folder"),
     "an empty train.csv": (edit("train.csv", lambda text: ""), "train.csv: the file is empty"),
     "binary data": (lambda data: (data / "train.csv").write_bytes(np.random.default_rng(0).bytes(5000)),
@@ -99,13 +99,20 @@ FAULTS = {
                 "save it as UTF-8"),
     "no rows": (edit("test.csv", lambda text: text.splitlines()[0]), "test.csv: the table has a header and no rows"),
     "no rows to train on": (edit("train.csv", lambda text: text.splitlines()[0]), "train.csv: the table has a header"),
-    "no label column": (edit("train.csv", lambda text: text.replace("label", "class", 1)), "no column 'label' in its "
-                        "header (image_path, class); rename the column that holds it, or"),
-    "no id column": (edit("test.csv", lambda text: text.replace("example_id", "id", 1)), "no column 'example_id'"),
-    "no path column": (edit("test.csv", lambda text: text.replace("image_path", "file", 1)), "no column 'image_path'"),
+    "no label column": (edit("train.csv", lambda text: "\n".join(
+        line.split(",")[0] + ",u,v" for line in text.splitlines())), "no column 'label' in its header (image_path, u, "
+                        "v); name the column that holds it with --label-column"),
+    "several label columns": (edit("train.csv", lambda text: "\n".join(
+        line + "," + line.split(",")[1] for line in text.replace("label", "class", 1).splitlines()).replace(
+            ",class,class", ",class,target", 1)), "class or target may hold the labels"),
+    "no column of that id": (edit("test.csv", lambda text: text.replace("example_id", "id,image_id", 1).replace(
+        "\n", ",1\n").replace("image_id,1", "image_id")), "id or image_id may hold the ids; name the right one with"),
+    "no path column": (edit("test.csv", lambda text: text.replace("image_path", "scan", 1)), "no column 'image_path' "
+                       "in its header (scan, user_id, example_id); name the column that holds it with --image-column"),
     "two label columns": (edit("train.csv", lambda text: "\n".join(
         line + "," + line.split(",")[1] for line in text.splitlines())), "two columns are named 'label'; remove one"),
-    "no header": (edit("train.csv", lambda text: text.split("\n", 1)[1]), "no column 'image_path'"),
+    "no header": (edit("train.csv", lambda text: text.split("\n", 1)[1]), "its first row is not a header; write one "
+                  "above it, such as image_path,label"),
     "a row that is too long": (edit("train.csv", lambda text: text + "a.png,3,4\n"),
                                "Expected 2 fields in line 102, saw 3"),
     "a row that is too short": (edit("train.csv", lambda text: text + "a.png\n"), "row 102: label is empty"),
@@ -135,17 +142,16 @@ FAULTS = {
     "a broken link": (lambda data: [image(data, 6).unlink(), image(data, 6).symlink_to("nowhere.png")],
                       "no such file"),
     "a NUL in a path": (cell("image_path", 2, "data/\0.png"), "train.csv"),
-    "an absolute path": (cell("image_path", 2, "/etc/passwd"), "row 4: '/etc/passwd': its path is absolute"),
+    "an absolute path": (cell("image_path", 2, "/etc/passwd"), "row 4: '/etc/passwd': its path is absolute and leads "),
     "a drive's path": (cell("image_path", 2, "C:/a.png"), "row 4: 'C:/a.png': its path is absolute"),
-    "a path that climbs": (cell("image_path", 2, "data/../../a.png"), "its path leaves the folder by .."),
+    "a path that climbs": (cell("image_path", 2, "data/../../../a.png"), "row 4: 'data/../../../a.png': its path "),
     "backslashes": (cell("image_path", 2, "data\\a.png", "test.csv"), "test.csv, row 4: 'data\\\\a.png': its path "
                     "holds a backslash"),
     "a link that leads out": (link_out, "row 8: 'data/"),
     "a linked folder that leads out": (link_folder_out, "a symbolic link leads out of "),
-    "a sample with other columns": (sample(lambda table: table.rename(columns={"label": "class"})),
-                                    "sample_submission.csv: its columns are example_id, class"),
-    "a sample in another order": (sample(lambda table: table.iloc[::-1]), "sample_submission.csv, row 2: example_id"),
-    "a sample with fewer rows": (sample(lambda table: table.head(20)), "has 20 rows, "),
+    "a sample with other columns": (sample(lambda table: table.assign(usage="public")),
+                                    "sample_submission.csv: its columns are example_id, label, usage"),
+    "a sample with fewer rows": (sample(lambda table: table.head(20)), "has 20 different ids in 20 rows, "),
     "a sample with another id": (sample(lambda table: table.replace({"example_id": {table.example_id[5]: "x"}})),
                                  "sample_submission.csv, row 7: example_id is 'x'"),
     "an empty sample": (lambda data: (data / "sample_submission.csv").write_text(""), "the file is empty"),
@@ -195,14 +201,31 @@ def encoded(encoding):
     return change
 
 
+def with_columns(label, other):
+    """Return a fault that names the labels' column otherwise and adds one more."""
+    def fault(data):
+        table = pd.read_csv(data / "train.csv", dtype=str).rename(columns={"label": label})
+        table.assign(**{other: "7"}).to_csv(data / "train.csv", index=False)
+    return fault
+
+
 # By the remedy's words in the message: a fault, and what the user changes in the data or adds to the command.
 REMEDIES = {
-    "name the images' folder with --root-dir": (move_images, ["--root-dir", "images"]),
-    "rename the column that holds it": (edit("train.csv", lambda text: text.replace("label", "class", 1)),
-                                        edit("train.csv", lambda text: text.replace("class", "label", 1))),
-    "or name another table": (lambda data: [shutil.copy(data / "train.csv", data / "other.csv"),
-                                            edit("train.csv", lambda text: text.replace("label", "class", 1))(data)],
-                              ["--train-csv", "other.csv"]),
+    "name that of the images with --root-dir, here --root-dir images": (move_images, ["--root-dir", "images"]),
+    "name the column that holds it with --label-column": (with_columns("symbol", "writer"),
+                                                          ["--label-column", "symbol"]),
+    "name the column that holds it with --image-column": (
+        lambda data: [edit(name, lambda text: text.replace("image_path", "scan", 1))(data)
+                      for name in ("train.csv", "test.csv")], ["--image-column", "scan"]),
+    "may hold the labels, of its columns image_path, class, target; name the right one with --label-column": (
+        with_columns("class", "target"), ["--label-column", "class"]),
+    "name another with --train-csv": (lambda data: (data / "train.csv").rename(data / "labels.csv"),
+                                      ["--train-csv", "labels.csv"]),
+    "name another with --test-csv": (lambda data: (data / "test.csv").rename(data / "rows.csv"),
+                                     ["--test-csv", "rows.csv"]),
+    "write one above it, such as image_path,label": (
+        edit("train.csv", lambda text: text.split("\n", 1)[1]),
+        edit("train.csv", lambda text: f"image_path,label\n{text}")),
     "two columns are named 'label'; remove one": (
         edit("train.csv", lambda text: "\n".join(line + "," + line.split(",")[1] for line in text.splitlines())),
         edit("train.csv", lambda text: "\n".join(line.rpartition(",")[0] for line in text.splitlines()))),
@@ -227,10 +250,7 @@ REMEDIES = {
     "its path holds a backslash; write /": (
         edit("test.csv", lambda text: text.replace("data/", "data\\")),
         edit("test.csv", lambda text: text.replace("data\\", "data/"))),
-    "the submission must have the sample's ids in its order": (
-        sample(lambda table: table.iloc[::-1]),
-        lambda data: pd.read_csv(data / "test.csv", dtype=str)[::-1].to_csv(data / "test.csv", index=False)),
-    "the submission must have as many as the sample": (
+    "the submission must have the sample's": (
         sample(lambda table: table.head(20)),
         lambda data: pd.read_csv(data / "test.csv", dtype=str).head(20).to_csv(data / "test.csv", index=False)),
 }
@@ -355,7 +375,7 @@ PIXEL_FAULTS = {
     "a missing pixel": (edit("train.csv", lambda text: text.replace("pixel5,", "pixel500,", 1)),
                         "are not a square image"),
     "an empty label": (cell("label", 3, ""), "train.csv, row 5: label is empty"),
-    "other ids in the sample": (lambda data: pd.DataFrame({"ImageId": range(20), "Label": 0}).to_csv(
+    "other ids in the sample": (lambda data: pd.DataFrame({"ImageId": range(19), "Label": 0}).to_csv(
         data / "sample_submission.csv", index=False), "sample_submission.csv, row 2: ImageId is '0'"),
 }
 
@@ -534,6 +554,15 @@ def test_table_in_place_of_checkpoint_is_refused_without_advice_to_unpickle(main
         assert status == 1 and "it is not a file of tensors" in error and "weights_only" not in error, error
 
 
+def test_initial_weights_of_another_network_are_one_short_line(main_in_process, command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"state_dict": {f"module.layer{number}.weight": torch.zeros(3, 3) for number in range(90)}}, "a.pth")
+    for model in ("cnn", "torchvision:resnet18"):
+        status, _, error = main_in_process(*QUICK, "--model", model, "--weights", "a.pth")
+        assert status == 1 and error.count("\n") == 1 and len(error) <= 300, error
+        assert "a.pth: cannot be used (it is of another network: 0 of " in error and " is missing); name " in error
+
+
 @pytest.mark.parametrize("folder, flags", [("out", []), ("out/fold1", ["--folds", "2"])])
 def test_initial_weights_are_not_overwritten(main_in_process, command, tmp_path, folder, flags):
     weights = tmp_path / folder / "best_model.pth"
@@ -564,16 +593,49 @@ def test_paths_from_another_folder_suggest_root_dir(main_in_process, command):
     status, _, error = main_in_process(*QUICK)
     assert status == 1 and "train.csv: none of its images can be used" in error and "give --root-dir . " in error
     assert main_in_process(*QUICK, "--model", "tiny", "--root-dir", ".")[0] == 0
-    table.assign(image_path="../" + table.image_path).to_csv(command.data / "train.csv", index=False)
+    table.assign(image_path="nowhere/" + table.image_path).to_csv(command.data / "train.csv", index=False)
     assert "do not start from" in main_in_process(*QUICK)[2]
 
 
-def test_paths_without_extensions_suggest_them(main_in_process, command):
+def test_paths_without_extensions_are_completed(main_in_process, command):
     table = pd.read_csv(command.data / "train.csv", dtype=str)
     bare = table.image_path.str.removesuffix(".png")
     table.assign(image_path=bare).to_csv(command.data / "train.csv", index=False)
-    status, _, error = main_in_process(*QUICK)
-    assert status == 1 and f"write the extension into its paths, as in {bare[0].rpartition('/')[2]}.png:" in error
+    status, out, _ = main_in_process(*QUICK, "--model", "tiny")
+    assert status == 0 and "train.csv: 100 image paths differ from their files in extension, case, Unicode form" in out
+
+
+def test_training_images_in_place_of_test_images_are_warned_of(main_in_process, command):
+    shutil.copytree(command.data / "Dataset_Image", command.data / "held")
+    table = pd.read_csv(command.data / "train.csv", dtype=str).head(30)
+    test = table.assign(example_id=range(30)).drop(columns="label")
+    test.to_csv(command.data / "test.csv", index=False)
+    warning = "test.csv: 30 of its 30 images are files of "
+    status, _, error = main_in_process(*QUICK, "--model", "tiny")
+    assert status == 0 and warning in error and "name it with --test-root" in error
+    status, out, error = main_in_process(*QUICK, "--model", "tiny", "--test-root", "held")
+    assert status == 0 and warning not in error
+    assert "30 images to predict have the pixels of a labelled one" in out
+
+
+def test_a_run_without_a_test_table_writes_everything_but_a_submission(main_in_process, command):
+    (command.data / "test.csv").unlink()
+    status, _, error = main_in_process(*QUICK, "--model", "tiny")
+    assert status == 1 and "test.csv: no such file" in error and "or train without one: --test-csv none" in error
+    status, out, error = main_in_process("--model", "tiny", "--num-epochs", "2", "--test-csv", "none",
+                                         "--save-probabilities")
+    assert status == 0 and "0 to predict" in out and "submission" not in out, error
+    written = {path.name for path in command.output.iterdir()}
+    assert {"best_model.pth", "history.csv", "val_probabilities.npz", "run.json", "confusions.png"} <= written
+    assert not {"submission.csv", "test_probabilities.npz"} & written
+    status, _, error = main_in_process("predict", str(command.output / "best_model.pth"), "--test-csv", "none")
+    assert status == 2 and "--test-csv none: there is no table to predict; name one" in error
+
+
+def test_folds_without_a_test_table(main_in_process, command):
+    status, _, error = main_in_process(*QUICK, "--model", "tiny", "--test-csv", "none", "--folds", "2")
+    assert status == 0 and (command.output / "oof_probabilities.npz").exists(), error
+    assert not list(command.output.rglob("submission.csv"))
 
 
 @pytest.mark.parametrize("flags", [[], ["--no-pictures"]])
@@ -663,5 +725,6 @@ def test_million_rows(tmp_path):
     assert "; 999,900 rows name an image of an earlier row" in tables.describe_classes(found, classes, 4, "")
     targets = tables.class_numbers(found.rows.label, classes)
     images = np.random.default_rng(0).integers(0, 256, (rows, 1, 4, 4), dtype=np.uint8)
-    split = splits.split_rows(script.Config().split, targets, found.usable_rows, images, None, found.path)
+    split = splits.split_rows(script.Config().split, targets, found.usable_rows, splits.image_digests(images), None,
+                              found.path)
     assert len(split.train_rows) + len(split.val_rows) == rows and len(split.val_rows) == rows // 10

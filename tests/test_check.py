@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import make_competition, make_pixel_competition
-from PIL import Image
+from conftest import draw_shape, make_competition, make_pixel_competition
+from PIL import Image, ImageFilter
 
 from tools import check
 
@@ -42,6 +42,8 @@ def test_good_data_pass(tmp_path, capsys):
     assert status == 0 and error == "", error
     assert "gives the label away" not in out and "blank" not in out and "0 of them cannot be used" in out
     assert "no clue beside the pictures was found" in out and "the number in the file's name" in out
+    assert re.search(r"300 training and 30 test images has AUC 0\.\d\d \+- 0\.1\d: they cannot be told apart", out), out
+    assert "wrote same_images.csv and check_shift.png" in out
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4])
@@ -177,3 +179,62 @@ def test_a_blank_line_and_spaces_in_a_pixel_tables_header_hide_no_column(tmp_pat
     assert check.main(["--data-dir", str(data), "--cache-dir", str(tmp_path), "--output-dir", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "the column secret gives the label away: alone it is right for 100.0%" in out and "column pixel" not in out
+
+
+def test_other_test_images_are_told_apart_and_drawn(checked, competition, tmp_path):
+    for name in pd.read_csv(competition / "test.csv").image_path:
+        path = competition / "Dataset_Image" / name
+        Image.open(path).filter(ImageFilter.MinFilter(3)).save(path)  # strokes a pixel wider at each side
+    _, out, _, _ = checked()
+    found = re.search(r"warning: .* 100 training and 30 test images has AUC ([\d.]+) .*: they clearly differ", out)
+    assert found and float(found[1]) > 0.9 and "check_shift.png shows the images that it is surest of" in out
+    with Image.open(tmp_path / "out" / "check_shift.png") as picture:
+        assert picture.format == "PNG" and min(picture.size) > 500
+
+
+def test_too_few_images_are_not_compared_and_an_earlier_picture_is_removed(checked, competition, tmp_path):
+    picture = tmp_path / "out" / "check_shift.png"
+    checked()
+    assert picture.exists()
+    pd.read_csv(competition / "test.csv", dtype=str)[:19].to_csv(competition / "test.csv", index=False)
+    status, out, _, _ = checked()
+    assert status == 0 and "100 training and 19 test images are too few to be compared: 20 of each are needed" in out
+    assert "wrote same_images.csv in" in out and not picture.exists()
+
+
+def test_images_that_cannot_be_used_are_not_compared(checked, competition):
+    for row in range(8):
+        image(competition, row, "test.csv").write_bytes(b"")
+    assert "100 training and 22 test images has AUC" in checked()[1]
+
+
+def test_the_training_table_is_checked_alone(checked, competition):
+    (competition / "test.csv").unlink()
+    image(competition, 6).write_bytes(b"")
+    status, out, _, same = checked("--test-csv", "none")
+    assert status == 1 and "100 images, 1 of them cannot be used" in out and "AUC" not in out
+    assert set(same.table) <= {"train"} and "no clue beside the pictures was found" in out
+
+
+@pytest.mark.parametrize("rows", [20, 60, 400])
+def test_images_of_one_kind_are_rarely_told_apart(rows):
+    rng, alarms = np.random.default_rng(rows), 0
+    for _ in range(10):
+        images = np.stack([np.asarray(draw_shape(kind, rng)) for kind in rng.integers(0, 5, rows + 60)])
+        auc, scores = check.tell_apart(255 - images[:rows], 255 - images[rows:])
+        alarms += "cannot be told apart" not in check.describe_shift(auc, check.auc_error(rows, 60), (rows, 60))
+        assert len(scores) == rows + 60 and 0 <= scores.min() < scores.max() <= 1
+    assert alarms <= 1
+
+
+@pytest.mark.parametrize("auc, text", [(0.52, "told apart"), (0.58, "differ slightly"), (0.7, "warning: "),
+                                       (0.95, "clearly differ")])
+def test_the_auc_is_explained(auc, text):
+    assert text in check.describe_shift(auc, 0.03, (2000, 500))
+
+
+def test_features_are_finite_for_blank_full_and_tiny_images():
+    for side in (8, 9, 48):
+        images = np.stack([np.zeros((side, side)), np.full((side, side), 255), np.eye(side) * 255]).astype(np.uint8)
+        features = check.measure_images(images)
+        assert np.isfinite(features).all() and len(np.unique(features, axis=0)) == 3

@@ -10,6 +10,7 @@ from conftest import CLASSES, Command, draw_shape, make_competition
 from PIL import Image, ImageOps
 
 import script
+from pipeline.images import ImageStatistics
 from tools import classify
 from tools.common import read_picture
 
@@ -53,11 +54,11 @@ def test_a_drawing_with_wide_margins_is_cut_out(tmp_path):
     page = Image.new("L", (400, 300), 255)
     page.paste(0, (100, 50, 140, 90))
     page.save(tmp_path / "a.png")
-    cut = read_picture(tmp_path / "a.png", 20, crop=True)
+    cut = read_picture(tmp_path / "a.png", ImageStatistics(255, 20), crop=True)
     assert cut.min() == 255  # the square fills the picture
-    assert 0 < (read_picture(tmp_path / "a.png", 20, crop=False) > 127).sum() < 20
+    assert 0 < (read_picture(tmp_path / "a.png", ImageStatistics(255, 20), crop=False) > 127).sum() < 20
     Image.new("L", (40, 40), 255).save(tmp_path / "blank.png")
-    assert read_picture(tmp_path / "blank.png", 20, crop=True).max() == 0
+    assert read_picture(tmp_path / "blank.png", ImageStatistics(255, 20), crop=True).max() == 0
 
 
 def test_unreadable_pictures_are_reported_and_the_others_classified(trained, tmp_path, capsys):
@@ -77,6 +78,6 @@ def test_a_drawing_on_a_long_strip_is_cut_out_without_a_square_of_its_length(tmp
     grey[10:30, 30_000:30_020] = 0
     Image.fromarray(grey).save(tmp_path / "strip.png")
     tracemalloc.start()
-    ink = read_picture(tmp_path / "strip.png", 16, crop=True)
+    ink = read_picture(tmp_path / "strip.png", ImageStatistics(255, 16), crop=True)
     assert tracemalloc.get_traced_memory()[1] < 100e6 and (ink == 255).all()
     tracemalloc.stop()

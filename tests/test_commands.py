@@ -60,7 +60,8 @@ def test_run_record_holds_settings_versions_and_device(finished):
     assert record["config"] == checkpoint["config"] and record["config"]["model"] == "cnn"
     assert record["config"]["batch_size"] == 16 and record["config"]["num_epochs"] == 8
     assert record["versions"]["torch"] == torch.__version__ and record["device"].startswith("cpu")
-    assert checkpoint["classes"] == CLASSES and record["metrics"] == checkpoint["metrics"]
+    own = {name: value for name, value in record["metrics"].items() if not name.startswith("expected_")}
+    assert checkpoint["classes"] == CLASSES and own == checkpoint["metrics"]
 
 
 def test_predict_gives_the_same_submission(finished, tmp_path):
@@ -261,3 +262,15 @@ def test_interruption_is_one_line_and_status_130(main_in_process, monkeypatch):
     monkeypatch.setattr(script, "train", interrupt)
     status, _, error = main_in_process(*QUICK)
     assert status == 130 and error.startswith("stopped by SIGINT: the same command resumes")
+
+
+def test_a_run_says_what_to_expect_of_the_test_rows(main_in_process, command):
+    status, out, error = main_in_process(*QUICK, "--num-epochs", "6", "--model", "cnn")
+    metrics = json.loads((command.output / "run.json").read_text())["metrics"]
+    assert status == 0 and "expected_test_accuracy" in metrics and metrics["expected_test_accuracy_error"] > 0, error
+    expected = f"expected accuracy on the test rows {metrics['expected_test_accuracy']:.2%} +- "
+    assert expected in out.splitlines()[-1] and f"on the validation rows {metrics['val_accuracy']:.2%}" in out
+    status, out, _ = main_in_process(*QUICK, "--model", "tiny", "--folds", "2", "--no-resume")
+    assert status == 0 and "expected accuracy on the test rows" in out.splitlines()[-1]
+    status, out, _ = main_in_process(*QUICK, "--model", "tiny", "--train-val-split", "1", "--no-resume")
+    assert status == 0 and "expected accuracy" not in out

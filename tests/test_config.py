@@ -159,7 +159,19 @@ def test_settings_of_prediction_and_resumption_are_fields():
     assert all(fields >= set(preset) for preset in PRESETS.values())
 
 
-def test_inputs_of_a_run():
-    config = Config(data_dir="data", weights="start.pth")
-    assert {path.as_posix() for path in config.inputs} == {
-        "data/train.csv", "data/test.csv", "data/classes.csv", "data/sample_submission.csv", "start.pth"}
+def test_inputs_of_a_run(tmp_path):
+    (tmp_path / "sampleSubmission.csv").write_text("id,label\n")
+    config = Config(data_dir=str(tmp_path), weights=str(tmp_path / "start.pth"), test_csv="none")
+    names = {"train.csv", "classes.csv", "sampleSubmission.csv", "start.pth"}
+    assert {path.relative_to(tmp_path).as_posix() for path in config.inputs} == names
+    named = dataclasses.replace(config, test_csv="test.csv", extra_csv="more.csv").inputs
+    assert {path.name for path in named} == names | {"test.csv", "more.csv"}
+
+
+def test_a_test_table_is_read_as_it_is_named():
+    config = Config(root_dir="train", image_column="id", pixel_shape="16x64", transpose=True)
+    assert config.test_source.image_root == config.train_source.image_root == Path("train")
+    assert dataclasses.replace(config, test_root="test").test_source.image_root == Path("test")
+    assert dataclasses.replace(config, test_csv="none").test_source is None
+    for source in (config.train_source, config.test_source, config.extra_source):
+        assert (source.image_column, source.pixel_shape, source.transpose) == ("id", "16x64", True)

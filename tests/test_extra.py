@@ -223,8 +223,8 @@ FAULTS = {
     "no folder": (lambda data: (data / "More").rename(data / "Moved"), "More: no such folder; name that of the images"),
     "a missing image": (lambda data: (data / "More" / "3.png").unlink(), "extra.csv, row 5: '3.png': no such file"),
     "a bad image": (lambda data: empty(data / "More" / "0.png"), "extra.csv, row 2: '0.png': the file is empty"),
-    "a path that climbs": (lambda data: (data / "extra.csv").write_text("image_path,label\n../a.png,3\n"),
-                           "extra.csv, row 2: '../a.png': its path leaves the folder by .."),
+    "a path that climbs": (lambda data: (data / "extra.csv").write_text("image_path,label\n../../a.png,3\n"),
+                           "extra.csv, row 2: '../../a.png': its path leaves "),
     "an empty label": (lambda data: (data / "extra.csv").write_text("image_path,label\n0.png,\n1.png,3\n"),
                        "extra.csv, row 2: label is empty"),
 }

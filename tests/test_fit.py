@@ -22,7 +22,7 @@ from pipeline.models import DigitCNN
 from pipeline.optim import TrainingClock
 from pipeline.resume import CheckpointManager, TrainingState
 from pipeline.signals import Stopped, StopSignals
-from pipeline.splits import Split, split_rows
+from pipeline.splits import Split, image_digests, split_rows
 from pipeline.tables import Table
 from script import CompetitionData, Config, MathSymbolDataset, Trainer
 
@@ -55,7 +55,7 @@ def make_data(config: Config = SMALL, rows: int = 40, classes: int = 4, runtime:
     images[np.arange(rows), targets * 2] = 255
     labels = pd.DataFrame({"label": (10 * targets).astype(str)}, index=pd.RangeIndex(2, rows + 2))
     dataset = HookedDataset(Table("train.csv", labels, pixels=images), config, None, ImageStatistics(0, 8), runtime)
-    split = split_rows(config.split, dataset.targets, np.arange(rows), images, None, "train.csv")
+    split = split_rows(config.split, dataset.targets, np.arange(rows), image_digests(images), None, "train.csv")
     return CompetitionData(dataset, dataset, split, {}, np.zeros(0, dtype=np.int64))
 
 

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.errors import DataError
+from pipeline.image_paths import resolve_paths
 from pipeline.images import ImageStatistics, decode_image, fit_to_square, to_ink
-from pipeline.splits import SMALLEST_CLASS_TO_SPLIT, SplitSettings, assign_folds, holdout, split_rows
-from pipeline.tables import TableSource, path_faults, read_train_table, sort_classes
+from pipeline.splits import SMALLEST_CLASS_TO_SPLIT, SplitSettings, assign_folds, holdout, image_digests, split_rows
+from pipeline.tables import TableSource, read_train_table, sort_classes
 
 # Text as a CSV file can hold it: no lone surrogates, and no carriage return, which readers take for an end of line.
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), min_size=1, max_size=12)
@@ -31,13 +32,14 @@ def folder():
         yield Path(name)
 
 
-@given(labels=st.lists(CELL, min_size=2, max_size=8).filter(lambda labels: len(set(labels)) > 1),
+@given(labels=st.lists(CELL, min_size=2, max_size=8).filter(lambda labels: len(set(map(str.strip, labels))) > 1),
        more=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=5), max_size=8),
        mark=st.booleans(), ending=st.sampled_from(["\n", "\r\n"]))
 @example(labels=["NA", "007"], more=["null"], mark=True, ending="\r\n")
 @QUICK
 def test_labels_are_read_as_they_were_written(folder, labels, more, mark, ending):
-    """Whatever the row holds beside it; with a byte-order mark, other line endings and quoted line breaks."""
+    """But for spaces around them, whatever the row holds beside; with a byte-order mark, other line endings and quoted
+    line breaks."""
     path = folder / "train.csv"
     with open(path, "w", encoding="utf-8-sig" if mark else "utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator=ending, quoting=csv.QUOTE_ALL)
@@ -45,6 +47,7 @@ def test_labels_are_read_as_they_were_written(folder, labels, more, mark, ending
         for row, label in enumerate(labels):
             writer.writerow([more[row] if row < len(more) else "", label, f"a/{row}.png"])
     table = read_train_table(TableSource("train.csv", str(folder)))
+    labels = list(map(str.strip, labels))
     assert table.rows.label.tolist() == labels
     assert table.rows.image_path.tolist() == [f"a/{row}.png" for row in range(len(labels))]
     assert table.rows.index.tolist() == list(range(2, len(labels) + 2))
@@ -75,8 +78,8 @@ def test_no_path_leads_out_of_the_root(folder, names):
     for name, target in (("outside", folder), ("inside", root / "data")):
         with contextlib.suppress(FileExistsError):
             (root / name).symlink_to(target)
-    faults = path_faults(pd.Series(names), root)
-    for place, name in enumerate(names):
+    resolved, faults = resolve_paths(pd.Series(names), root, root, folder / "train.csv")
+    for place, name in enumerate(resolved):
         if place not in faults:
             real = os.path.realpath(os.path.join(root, name))
             assert Path(real).is_relative_to(os.path.realpath(root)), name
@@ -126,7 +129,8 @@ def labelled_images(draw) -> tuple[np.ndarray, np.ndarray]:
 @QUICK
 def test_a_split_holds_every_row_once_and_every_class_in_training(data, share, seed):
     targets, images = data
-    split = split_rows(SplitSettings(share, seed, 0, None, ""), targets, np.arange(len(targets)), images, None, "t")
+    split = split_rows(SplitSettings(share, seed, 0, None, ""), targets, np.arange(len(targets)),
+                       image_digests(images), None, "t")
     assert sorted([*split.train_rows, *split.val_rows]) == list(range(len(targets)))
     assert set(targets[split.train_rows]) == set(targets)
     assert not set(images[split.train_rows].flat) & set(images[split.val_rows].flat), "copies stay on one side"

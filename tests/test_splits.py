@@ -42,8 +42,9 @@ def make_distinct(folder: Path) -> pd.DataFrame:
 
 def split(targets, images=None, groups=None, usable=None, **changes) -> splits.Split:
     rows = np.arange(len(targets))
-    return split_rows(settings(**changes), np.asarray(targets), rows if usable is None else np.asarray(usable),
-                      distinct_images(len(targets)) if images is None else images, groups, "train.csv")
+    digests = splits.image_digests(distinct_images(len(targets)) if images is None else images)
+    return split_rows(settings(**changes), np.asarray(targets), rows if usable is None else np.asarray(usable), digests,
+                      groups, "train.csv")
 
 
 def counts_by_part(targets, parts):
@@ -304,3 +305,15 @@ def test_settings_are_described_as_flags_without_those_of_no_effect():
         "--split-seed 42 --folds 3 --fold 0 --group-column writer")
     assert settings(folds=3).parts == 3 and settings().parts == 0 and settings(group_column="writer").parts == 10
     assert settings(group_column="writer", train_val_split=0.8).parts == 5
+
+
+def test_equal_images_are_counted(capsys):
+    images = np.arange(20, dtype=np.uint8).reshape(5, 2, 2)
+    images[3] = images[1]
+    digests, others = splits.image_digests(images), splits.image_digests(images[[1, 1, 4]])
+    splits.report_copies(digests, others)
+    assert capsys.readouterr().out == (
+        "1 labelled images have the pixels of an earlier one and stay on its side of the split; "
+        "3 images to predict have the pixels of a labelled one\n")
+    splits.report_copies(digests[:3], [])
+    assert capsys.readouterr().out == ""

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.submission import check_sample_submission, fill_bad_rows, write_submission
+from pipeline.submission import SubmissionForm, fill_bad_rows, submission_form, write_submission
 from pipeline.tables import Table, TableSource, read_test_table
 
 
@@ -50,9 +50,8 @@ def test_rows_without_an_image_get_the_frequencies_of_the_others(capsys):
     assert capsys.readouterr().err == ""
 
 
-def check(competition, classes=("3",)) -> None:
-    table = read_test_table(TableSource("test.csv", str(competition)))
-    check_sample_submission(competition / "sample_submission.csv", table, list(classes))
+def form(competition, classes=("3",)) -> SubmissionForm:
+    return submission_form(read_test_table(TableSource("test.csv", str(competition), part="test")), list(classes))
 
 
 def sample(competition) -> pd.DataFrame:
@@ -62,26 +61,67 @@ def sample(competition) -> pd.DataFrame:
 
 @pytest.mark.parametrize("end", ["", "\n", "\n\n,\n"])
 def test_a_sample_may_end_with_blank_lines(competition, end):
-    check(competition)  # no sample
+    ids = sample(competition).example_id.tolist()
+    assert form(competition).ids.tolist() == ids  # no sample
     text = sample(competition).to_csv(index=False)
     (competition / "sample_submission.csv").write_text(text + end)
-    check(competition)
-    (competition / "sample_submission.csv").write_text(text + end + "x,3\n")
-    with pytest.raises(DataError, match=r"sample_submission\.csv: has 3\d rows, .*test.csv has 30"):
-        check(competition)
+    assert form(competition).ids.tolist() == ids
+    (competition / "sample_submission.csv").write_text(text + end + f"{ids[0]},3\n")
+    with pytest.raises(DataError, match=r"sample_submission\.csv(: has 30 different ids in 31 rows, |, row 32: )"):
+        form(competition)
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    (lambda table: table.rename(columns={"label": "Label"}), r"its columns are example_id, Label; the submission's"),
-    (lambda table: table.iloc[::-1], r"sample_submission.csv, row 2: example_id is '\d+', in .*test.csv it is '\d+'"),
-    (lambda table: table.iloc[:-1], "has 29 rows, "),
+    (lambda table: table.assign(more="3"), r"its columns are example_id, label, more; a submission has one of ids and"),
+    (lambda table: table[["example_id"]], r"its columns are example_id; a submission has one of ids and"),
+    (lambda table: table.replace({"example_id": {table.example_id[5]: "x"}}),
+     r"sample_submission.csv, row 7: example_id is 'x', which .*test.csv does not have"),
+    (lambda table: table.iloc[:-1], "has 29 different ids in 29 rows, "),
     (lambda table: table, r"its labels are whole numbers, and '\\\\pi' is a label of the training table")])
-def test_a_submission_unlike_the_sample_is_refused(competition, change, message):
+def test_a_sample_of_another_table_is_refused(competition, change, message):
     change(sample(competition)).to_csv(competition / "sample_submission.csv", index=False)
     with pytest.raises(DataError, match=message):
-        check(competition, ["3", "\\pi"])
+        form(competition, ["3", "\\pi"])
 
 
 def test_a_sample_with_labels_of_text_allows_any(competition):
     sample(competition).assign(label="\\alpha").to_csv(competition / "sample_submission.csv", index=False)
-    check(competition, ["3", "\\pi"])
+    assert form(competition, ["3", "\\pi"]).columns == ["example_id", "label"]
+
+
+@pytest.mark.parametrize("name", ["sample_submission.csv", "sampleSubmission.csv", "SampleSubmission.CSV"])
+def test_the_sample_gives_header_ids_and_order(competition, tmp_path, name):
+    table = sample(competition).iloc[::-1].rename(columns={"label": "Symbol"})
+    table.to_csv(competition / name, index=False)
+    test = read_test_table(TableSource("test.csv", str(competition), part="test"))
+    answers = np.eye(30)
+    write_submission(tmp_path / "submission.csv", test, answers, [str(row) for row in range(30)])
+    written = pd.read_csv(tmp_path / "submission.csv", dtype=str)
+    assert written.columns.tolist() == ["example_id", "Symbol"]
+    assert written.example_id.tolist() == table.example_id.tolist()
+    assert written.Symbol.tolist() == [str(row) for row in range(29, -1, -1)]
+
+
+def test_columns_that_are_classes_are_filled_with_probabilities(competition, tmp_path):
+    ids = sample(competition).example_id
+    pd.DataFrame({"example_id": ids, "b": 0.5, "a": 0.5}).to_csv(competition / "sample_submission.csv", index=False)
+    test = read_test_table(TableSource("test.csv", str(competition), part="test"))
+    probabilities = np.random.default_rng(0).dirichlet([1, 1, 1], 30)
+    write_submission(tmp_path / "submission.csv", test, probabilities, ["a", "b", "c"])
+    written = pd.read_csv(tmp_path / "submission.csv")
+    assert written.columns.tolist() == ["example_id", "b", "a"]
+    assert np.allclose(written[["a", "b"]], probabilities[:, :2], atol=1e-6)
+
+
+@pytest.mark.parametrize("ids", [
+    lambda paths: paths, lambda paths: paths.str.rpartition("/")[2],
+    lambda paths: paths.str.rpartition("/")[2].str.removesuffix(".png")], ids=["paths", "names", "stems"])
+def test_the_sample_tells_that_images_names_are_the_ids(competition, ids):
+    test = pd.read_csv(competition / "test.csv", dtype=str)
+    test[["image_path"]].to_csv(competition / "test.csv", index=False)
+    wanted = ids(test.image_path)
+    pd.DataFrame({"file": wanted[::-1], "label": "3"}).to_csv(competition / "sample_submission.csv", index=False)
+    found = form(competition)
+    assert found.ids.tolist() == wanted[::-1].tolist() and found.places.tolist() == list(range(29, -1, -1))
+    table = read_test_table(TableSource("test.csv", str(competition), part="test"))
+    assert table.rows.example_id.tolist() == wanted.tolist()

@@ -40,7 +40,7 @@ def answer(given: argparse.Namespace) -> int:
     inks, faults = {}, []
     for path in given.pictures:
         try:
-            inks[path] = read_picture(path, trained.statistics.size, given.crop)
+            inks[path] = read_picture(path, trained.statistics, given.crop)
         except DataError as error:
             faults.append(error)
     for path, probabilities in zip(inks, classify(trained, list(inks.values())) if inks else ()):

@@ -11,19 +11,26 @@ import torch.nn.functional as F
 import script
 from pipeline import ensemble, splits, tables
 from pipeline.cli import field_comments, flag_of
-from pipeline.ensemble import EnsembleMember
-from pipeline.errors import DataError
-from pipeline.images import (
-    LoadSettings,
+from pipeline.decoding import (
     background_of,
+    depth_of,
     describe_fault,
+    file_level,
     fit_to_square,
-    load_images,
     read_grey,
+    to_grey,
     to_ink,
+    white_level,
 )
+from pipeline.ensemble import EnsembleMember
+from pipeline.errors import DataError, UsageError
+from pipeline.images import ImageStatistics, LoadSettings, load_images
+from pipeline.sources import HOW_TO_READ
 
 SCRIPT = Path(script.__file__).resolve()
+
+# Flags that say where a competition's tables are and how they are read.
+OF_TABLES = ("data_dir", "train_csv", "test_csv", "root_dir", "test_root", *HOW_TO_READ)
 
 # Defaults of flags that say where the training table of a checkpoint is: None is what the checkpoint's settings say.
 OF_CHECKPOINT = {"data_dir": None, "train_csv": None, "root_dir": None}
@@ -41,25 +48,41 @@ def make_parser(module: str, documentation: str, *names: str, **defaults: object
     for name in (*names, *defaults):
         default = defaults[name] if name in defaults else getattr(script.Config, name, script.Config.model_file)
         shown = OF_NONE.get(name, "that of the checkpoint") if default is None else repr(str(default))
-        parser.add_argument(flag_of(name), type=Path if name in ("output_dir", "checkpoint") else str, default=default,
+        form = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {
+            "type": Path if name in ("output_dir", "checkpoint") else str}
+        parser.add_argument(flag_of(name), default=default, **form,
                             help=f"{comments[name]} (default: {shown})".replace("%", "%%"))
     return parser
 
 
-def read_picture(path: Path, size: int, crop: bool) -> np.ndarray:
+def table_config(given: argparse.Namespace, **more: object) -> script.Config:
+    """Return the config of the tables that a command line with the flags `OF_TABLES` names, and of more settings.
+
+    Raises UsageError for a value that no table can be read with.
+    """
+    try:
+        return script.Config(**{name: getattr(given, name) for name in OF_TABLES}, **more)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def read_picture(path: Path, statistics: ImageStatistics, crop: bool) -> np.ndarray:
     """Return the ink [size, size], uint8, of one picture with any background; `crop` cuts out the drawing first.
 
     Raises DataError for a file that cannot be used.
     """
     try:
-        grey, alpha = read_grey(str(path))
+        raw, alpha = read_grey(str(path))
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
         raise DataError(f"{path}: {describe_fault(error)}") from None
+    highest = float(raw.max())
+    level = file_level(depth_of(raw, alpha), highest, statistics.levels)
+    grey = to_grey(raw, level if highest < 2 * level else white_level(highest, True))  # a scan for a network of masks
     ink = to_ink(grey, alpha, background_of(grey, alpha))
     rows, columns = (np.flatnonzero(ink.max(axis=axis) > 127) for axis in (1, 0))
     if crop and len(rows):
         ink = ink[rows[0]: rows[-1] + 1, columns[0]: columns[-1] + 1]
-    return fit_to_square(ink, size)
+    return fit_to_square(ink, statistics.size)
 
 
 def train_source(config: script.Config, given: argparse.Namespace) -> tables.TableSource:
@@ -116,13 +139,15 @@ def find_validation_rows(network: script.TrainedModel, table: tables.Table, imag
     config = network.config
     groups = table.rows[config.group_column].to_numpy() if config.group_column else None
     targets = tables.class_numbers(table.rows.label, network.classes)
-    return splits.split_rows(config.split, targets, table.usable_rows, images, groups, table.path).val_rows
+    return splits.split_rows(config.split, targets, table.usable_rows, splits.image_digests(images), groups,
+                             table.path).val_rows
 
 
 def select_rows(table: tables.Table, rows: np.ndarray) -> tables.Table:
     """Return a table of some rows, all with usable images, of a table."""
     pixels = None if table.pixels is None else table.pixels[rows]
-    return dataclasses.replace(table, rows=table.rows.iloc[rows], pixels=pixels, faults={})
+    encoded = None if table.encoded is None else [table.encoded[row] for row in rows]
+    return dataclasses.replace(table, rows=table.rows.iloc[rows], pixels=pixels, encoded=encoded, faults={})
 
 
 def train_step(trainer: script.Trainer, dataset: script.MathSymbolDataset, rows: np.ndarray, seed: int) -> None:

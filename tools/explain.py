@@ -77,7 +77,7 @@ def answer(given: argparse.Namespace) -> None:
     """Draw the explanations of all pictures."""
     trained = script.load_checkpoint(given.checkpoint)
     names = plots.class_names(trained.classes, read_latex(trained.config, given))
-    inks = np.stack([read_picture(path, trained.statistics.size, given.crop) for path in given.pictures])
+    inks = np.stack([read_picture(path, trained.statistics, given.crop) for path in given.pictures])
     probabilities, classes, maps = explain(trained, inks, given.top)
     files = [path.name.encode(errors="replace").decode().replace("$", r"\$") for path in given.pictures]
     titles = [[file, *(f"{names[number]}   {share:.1%}" for number, share in zip(numbers, shares))]

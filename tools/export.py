@@ -187,10 +187,13 @@ def export(given: argparse.Namespace) -> None:
     compared = compare(model, content, size)
     with files.atomic_write(given.output_dir / "model.onnx") as temporary:
         temporary.write_bytes(content)
+    background = {255: "1", 0: "0", None: "1 or 0, whichever the median of the image's border is nearer to"}[
+        trained.statistics.background]
     about = {"classes": trained.classes, "size": size, "input": "ink", "output": "probabilities",
              "preparation": [
-                 f"grey levels 0 to 255; transparent pixels are background, here {trained.statistics.background}",
-                 "ink = |grey - background| / 255, so that background is 0 and full ink 1",
+                 f"grey levels, divided by {trained.statistics.levels:g}, which is white",
+                 f"ink = |grey - background|, so that background is 0 and full ink 1; the background is {background}; "
+                 "transparent pixels are background",
                  f"scaled so that the longer side is {size}, bilinear, and centred on a square of background"],
              "image_statistics": dataclasses.asdict(trained.statistics), "metrics": own_metrics(trained, given.vote)}
     with files.atomic_write(given.output_dir / "model.json") as temporary:

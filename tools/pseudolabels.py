@@ -16,22 +16,25 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-import script
 from pipeline import ensemble, files
 from pipeline.cli import from_text
-from pipeline.errors import DataError
+from pipeline.errors import DataError, UsageError
 from pipeline.signals import exit_status
 from pipeline.tables import Table, read_test_table
-from tools.common import make_parser
+from tools.common import OF_TABLES, make_parser, table_config
 
 OUTPUT = "extra.csv"
 
 
-def label_rows(table: Table, labels: np.ndarray, rows: np.ndarray) -> pd.DataFrame:
-    """Return rows of a test table with their labels [rows], as a training table of the same kind."""
+def label_rows(table: Table, labels: np.ndarray, rows: np.ndarray, transposed: bool = False) -> pd.DataFrame:
+    """Return rows of a test table with their labels [rows], as a training table: of paths, or of pixels that lie on
+    their side as those of the test table if it is `transposed`. Raises DataError for a table that holds image files."""
+    if table.encoded is not None:
+        raise DataError(f"{table.path}: holds the images themselves; write them to a folder, and label that")
     if table.pixels is None:
         return pd.DataFrame({"image_path": table.rows.image_path.iloc[rows], "label": labels})
-    pixels = table.pixels[rows].reshape(len(rows), -1)
+    pixels = table.pixels[rows].swapaxes(1, 2) if transposed else table.pixels[rows]
+    pixels = pixels.reshape(len(rows), -1)
     labelled = pd.DataFrame(pixels, columns=[f"pixel{number}" for number in range(pixels.shape[1])])
     labelled.insert(0, "label", labels)
     return labelled
@@ -49,8 +52,9 @@ def describe(classes: list[str], answers: np.ndarray, rows: int, least: float) -
 
 def write_labels(given: argparse.Namespace) -> None:
     """Write the table of the rows that the probabilities are sure of."""
-    config = script.Config(data_dir=given.data_dir, train_csv=given.train_csv, test_csv=given.test_csv,
-                           cache_dir=given.cache_dir, root_dir=given.root_dir)
+    config = table_config(given)
+    if not config.test_source:
+        raise UsageError("--test-csv none: there is no table to label; name one")
     files.check_not_overwritten(given.output_dir, [OUTPUT], [*config.inputs, given.probabilities])
     path = files.make_output_folder(given.output_dir, [OUTPUT]) / OUTPUT
     saved, table = ensemble.read_probabilities(given.probabilities), read_test_table(config.test_source)
@@ -61,9 +65,10 @@ def write_labels(given: argparse.Namespace) -> None:
                         f"{probabilities.max():.3f}; name a lower --least")
     answers = probabilities[rows].argmax(axis=1)
     with files.atomic_write(path) as temporary:
-        label_rows(table, saved["classes"][answers], rows).to_csv(temporary, index=False)
+        label_rows(table, saved["classes"][answers], rows, given.transpose).to_csv(temporary, index=False)
+    root = f" --extra-root {given.test_root}" if given.test_root else ""
     print(f"{describe(saved['classes'].tolist(), answers, len(table), given.least)}\n"
-          f"wrote {path}; train on it with --extra-csv {path.resolve()}")
+          f"wrote {path}; train on it with --extra-csv {path.resolve()}{root}")
 
 
 def share(text: str) -> float:
@@ -76,8 +81,7 @@ def share(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    parser = make_parser("tools.pseudolabels", __doc__, "data_dir", "train_csv", "test_csv", "root_dir", "cache_dir",
-                         "output_dir")
+    parser = make_parser("tools.pseudolabels", __doc__, *OF_TABLES, "output_dir")
     parser.add_argument("probabilities", type=Path, help="test_probabilities.npz of script.py --save-probabilities")
     parser.add_argument("--least", type=share, default=0.95, help="least probability of the most likely class (0.95)")
     given = parser.parse_args(argv)

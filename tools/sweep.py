@@ -39,16 +39,14 @@ from pipeline.errors import DataError, UsageError, first_line
 from pipeline.metrics import HISTORY_COLUMNS
 from pipeline.signals import exit_status
 from pipeline.splits import SMALLEST_CLASS_TO_SPLIT
-from tools.common import make_parser
+from tools.common import OF_TABLES, make_parser
 
 DEFAULT_GRID = {"learning_rate": [0.001, 0.01, 0.1, 0.5, 1.0], "batch_size": [32, 64, 128, 256, 512]}
 # Settings that the data is read and split by, and those of the runtime: both are shared by all combinations.
-SHARED = {"data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "train_val_split", "split_seed", "folds",
-          "fold", "group_column", "on_bad_image", "device", "precision", "eval_batch_size", "num_workers", "extra_csv",
-          "extra_root", "extra_weight"}
+SHARED = {*OF_TABLES, "train_val_split", "split_seed", "folds", "fold", "group_column", "on_bad_image", "device",
+          "precision", "eval_batch_size", "num_workers", "extra_csv", "extra_root", "extra_weight"}
 # Settings whose value may contain commas.
-TEXTS = {"milestones", "data_dir", "train_csv", "test_csv", "root_dir", "cache_dir", "extra_csv", "extra_root",
-         "group_column"}
+TEXTS = {*OF_TABLES, "milestones", "extra_csv", "extra_root", "group_column"}
 # Settings of what `script.py run` does before and after the training.
 UNUSED = {"output_dir", "model_file", "submission_file", "pictures", "max_minutes", "resume", "checkpoint_minutes",
           "knn_neighbors", "knn_weight", "save_probabilities", "tta"}
