@@ -83,13 +83,15 @@ def test_ensemble_prints_each_network_and_the_mean(trained):
      r"\| `--batch-size 32` \| 2 \| [0-9.]+ ± [0-9.]+ \|"),
     ("time_to_accuracy", [*QUICK, "--model", "cnn"], r"whole command: \d+ s, last epoch [0-9.]+ %"),
     ("throughput", ["--models", "cnn", "--rounds", "1", "--seconds", "1"], r"median: ours .* ratio [0-9.]+; \d+% of"),
+    ("shift", ["--rows", "30"], r"\| mean of 31 \| \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|"),
     ("growth", ["--sizes", "300", "900", "--steps", "5"], r"\| 900 \| [0-9.]+ \| \d+ \|"),
     ("data_path", [], "."),
     ("digits", ["--held-out", "50", "--seeds", "0", "1", "--model", "mlp", *QUICK],
      r"probabilities averaged \| [0-9.]+"),
 ])
 def test_a_benchmark_runs_to_its_end(trained, name, arguments, expected):
-    data, cache, _ = trained
+    data, cache, checkpoints = trained
+    arguments = [checkpoints[0], *arguments] if name == "shift" else arguments
     cached = [] if name in ("time_to_accuracy", "data_path") else ["--cache-dir", str(cache)]
     assert re.search(expected, benchmark(name, "--data-dir", str(data), *cached, *arguments))
 
