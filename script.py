@@ -60,6 +60,7 @@ from pipeline.metrics import MetricAccumulator, Predictions, score
 from pipeline.models import AveragePool, DigitCNN, DigitMLP, ResidualBlock, SqueezeExcitation, TinyCNN, conv_bn
 from pipeline.optim import BatchNormStatistics, Schedule, SkippedSteps, TrainingClock, WeightAverage
 from pipeline.outputs import EVALUATION_FILES, RESERVED_FILES, TEST_PROBABILITIES, TRAINING_FILES, VALIDATION_FILES
+from pipeline.pixel_tables import PIXEL
 from pipeline.presets import PRESETS
 from pipeline.resume import CheckpointManager, TrainingState, compare_fingerprints
 from pipeline.shift import expected_accuracy, mean_over_folds, report_expected
@@ -202,7 +203,7 @@ class Config:
              f"milestones must be epochs with commas between them, not {self.milestones!r}"),
             (self.train_val_split == 1 and (self.schedule == "plateau" or self.early_stopping),
              "schedule plateau and early_stopping need validation rows: set train_val_split below 1 or leave them out"),
-            (self.group_column and re.fullmatch(rf"label|pixel\d+|{re.escape(self.label_column)}", self.group_column),
+            (self.group_column and re.fullmatch(rf"label|{PIXEL}|{re.escape(self.label_column)}", self.group_column),
              f"group_column must be a column of its own, not {self.group_column!r}"),
             (self.pixel_shape and not sources.parse_shape(self.pixel_shape),
              f"pixel_shape must be HEIGHTxWIDTH, such as 16x64, not {self.pixel_shape!r}"),
@@ -1096,11 +1097,6 @@ def runtime_for(members: list[EnsembleMember], config: Config) -> Runtime:
     return start_runtime(config.device, precision, config.eval_batch_size)
 
 
-def source_for(members: list[EnsembleMember], config: Config) -> TableSource:
-    """Return the source of a test table that is read as the members' training tables were: the same way up."""
-    return sources.read_alike(config.test_source, [member.config.train_source for member in members if member.config])
-
-
 def average_members(members: list[EnsembleMember], table: Table, config: Config,
                     runtime: Runtime) -> tuple[np.ndarray, Callable[[ImageStatistics], np.ndarray]]:
     """Return the members' mean probabilities [rows, classes], one in memory at a time, and the loader of images."""
@@ -1126,17 +1122,20 @@ def predict_command(config: Config, names: list[str], started: float) -> None:
     files.check_not_overwritten(folder, written, [*config.inputs, *map(Path, names)])
     files.make_output_folder(folder, [config.submission_file])
     members = open_members(config, names)
-    table = tables.read_test_table(source_for(members, config))
+    table = tables.read_test_table(ensemble.source_for(members, config.test_source))
     files.check_not_overwritten(folder, written, table.images_named(written))
     ensemble.check_saved(members, table)
     submission_form(table, members[0].classes)
+    if not any(member.config for member in members):
+        table.faults.clear()  # saved probabilities need no images
     runtime = runtime_for(members, config)
     probabilities, _ = average_members(members, table, config, runtime)
     if runtime.ranks.rank:
         return
-    networks, what = ensemble.count_networks(members)
+    networks = ensemble.count_networks(members)
     outputs.write_answers(folder / config.submission_file, table, probabilities, members[0].classes,
                           networks if config.save_probabilities else None)
+    what = "one network" if networks == 1 else f"the mean of {networks} networks"
     print(f"wrote {' and '.join(sorted(written))} in {folder}: {len(table):,} rows of {table.path}, {what}, on "
           f"{runtime.describe()}; {time.monotonic() - started:.1f} s")
 
@@ -1147,7 +1146,8 @@ def evaluate_command(config: Config, names: list[str], started: float) -> None:
     files.check_not_overwritten(folder, EVALUATION_FILES, [*config.inputs, *map(Path, names)])
     files.make_output_folder(folder)
     members = open_members(config, names, saved=False)
-    table, classes = tables.open_table(source_for(members, config), "label"), members[0].classes
+    table = tables.open_table(ensemble.source_for(members, config.test_source), "label")
+    classes = members[0].classes
     files.check_not_overwritten(folder, EVALUATION_FILES, table.images_named(EVALUATION_FILES))
     targets = tables.known_class_numbers(table, classes)
     runtime = runtime_for(members, config)
@@ -1160,7 +1160,7 @@ def evaluate_command(config: Config, names: list[str], started: float) -> None:
     plots.write_class_accuracy(folder, "evaluation_", predictions, classes, latex, config.pictures)
     print(f"{len(rows):,} rows of {table.path}: {metrics.describe_score(score(probabilities[rows], targets[rows]))}")
     if len(classes) <= plots.LARGEST_MATRIX:
-        print(metrics.describe_classes(predictions, classes))
+        print(metrics.describe_class_accuracy(predictions, classes))
     written = outputs.describe_files(["evaluation_class_accuracy.csv"], config.pictures, folder)
     print(f"{written}; {time.monotonic() - started:.1f} s")
 

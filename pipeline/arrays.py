@@ -33,7 +33,7 @@ def array_table(source: TableSource, column: str) -> Table:
     Raises DataError for a damaged file, and for images or labels that are not there.
     """
     path, (images, labels) = source.path, read_arrays(source)
-    levels = to_grey(clean_levels(images, path), path)
+    levels = merge_channels(clean_levels(images, path), path)
     cells = label_texts(labels(), path) if column == "label" else map(str, range(1, len(levels) + 1))
     rows = pd.DataFrame({column: list(cells)}, dtype=str)
     if len(rows) != len(levels):
@@ -226,7 +226,7 @@ def clean_levels(levels: np.ndarray, path: Path) -> np.ndarray:
     return levels.astype(np.float32)
 
 
-def to_grey(images: np.ndarray, path: Path) -> np.ndarray:
+def merge_channels(images: np.ndarray, path: Path) -> np.ndarray:
     """Return grey levels [N, H, W] or [N, pixels] of such images, or of those with an axis of 1 or 3 colours.
 
     Raises DataError for an array of another shape.

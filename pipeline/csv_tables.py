@@ -1,9 +1,7 @@
 """CSV files as tables of text: how they are read, which column holds what, and what a cell may hold."""
 
-import contextlib
 import difflib
 import io
-import os
 import re
 import warnings
 import zipfile
@@ -12,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.errors import DataError, first_line
-from pipeline.sources import SAMPLE, TableSource, name_rows
+from pipeline.sources import TableSource, name_rows
 
 # Usual names of the columns, without case and punctuation; a later group counts only if no earlier one is there.
 USUAL_NAMES = {
@@ -135,8 +133,7 @@ def find_id_column(source: TableSource, header: pd.Index) -> str:
     if source.id_column:
         check_columns(source.path, header, (source.id_column,), "--id-column")
         return source.id_column
-    sample = find_sample(source.path)
-    wanted = [read_csv(sample, ("id", "label"), nrows=0).columns[0]] if sample else []
+    wanted = [read_csv(source.sample, ("id", "label"), nrows=0).columns[0]] if source.sample else []
     found = [name for name in [*wanted, DEFAULT_NAMES["id"]] if name in header][:1]
     found = found or [name for name in header if is_usual(name, "id")]
     if len(found) > 1:
@@ -145,16 +142,17 @@ def find_id_column(source: TableSource, header: pd.Index) -> str:
     return found[0] if found else ""
 
 
-def find_sample(path: Path) -> Path | None:
-    """Return sample_submission.csv or sampleSubmission.csv, in any case, beside a test table; None if there is none."""
-    with contextlib.suppress(OSError):
-        names = sorted(filter(SAMPLE.fullmatch, os.listdir(path.parent)))
-        return path.with_name(names[0]) if names else None
-    return None
+def find_key(source: TableSource, column: str, header: pd.Index, taken: tuple[str, ...] = ()) -> str:
+    """Return the column of a table's labels, or that of its ids, which may be "". Raises DataError as they do, and if
+    the group column is not there."""
+    if source.group_column:
+        check_columns(source.path, header, (source.group_column,), "--group-column")
+    return find_column("label", source, header, taken=taken) if column == "label" else find_id_column(source, header)
 
 
-def announce_columns(source: TableSource, **columns: str) -> None:
+def announce_columns(source: TableSource, column: str, key: str, **columns: str) -> None:
     """Print which columns were taken for what, unless all are as documented or as the command line says."""
+    columns[column.removeprefix("example_") + "s"] = key
     usual = {*DEFAULT_NAMES.values(), *source.columns.values(), "ImageId", ""}
     if not usual.issuperset(columns.values()):
         taken = ", ".join(f"{what}: {name}" for what, name in columns.items() if name)

@@ -1,5 +1,6 @@
 """Averages of several networks' probabilities, which may be saved by one machine and averaged on another."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.errors import DataError, first_line
+from pipeline.errors import DataError, UsageError, first_line
 from pipeline.files import atomic_write
-from pipeline.sources import Table
+from pipeline.sources import Table, TableSource
 
 
 @dataclass(frozen=True)
@@ -31,17 +32,33 @@ def check_same_classes(members: list[EnsembleMember]) -> None:
                             f"({', '.join(sorted(differing)[:5])}); average networks trained on the same ones")
 
 
-def count_networks(members: list[EnsembleMember]) -> tuple[int, str]:
-    """Return the number of networks that the members' mean is of, and how it is said."""
-    networks = sum(member.networks for member in members)
-    return networks, "one network" if networks == 1 else f"the mean of {networks} networks"
+def source_for(members: list[EnsembleMember], source: TableSource | None) -> TableSource:
+    """Return the source of a table that is read as the members' training tables were: the same way up, and by the same
+    columns where the command line names none.
+
+    Raises UsageError if these were not read alike, or if there is no table.
+    """
+    if not source:
+        raise UsageError("--test-csv none: there is no table to predict; name one")
+    trained = [member.config.train_source for member in members if member.config]
+    if len({(other.transpose, other.pixel_shape) for other in trained}) > 1:
+        raise UsageError("the checkpoints were trained with different --transpose or --pixel-shape; use one at a time")
+    names = ("image_column", "label_column", "label_pattern")
+    return source if not trained else dataclasses.replace(
+        source, transpose=trained[0].transpose, pixel_shape=trained[0].pixel_shape,
+        **{name: getattr(source, name) or getattr(trained[0], name) for name in names})
+
+
+def count_networks(members: list[EnsembleMember]) -> int:
+    """Return the number of networks that the members' mean is of."""
+    return sum(member.networks for member in members)
 
 
 def average(members: list[EnsembleMember], predict: Callable[[EnsembleMember], np.ndarray]) -> np.ndarray:
     """Return the networks' mean probabilities [N, classes], float32, with the classes in the first member's order."""
     total = sum(member.networks * predict(member)[:, pd.Index(member.classes).get_indexer(members[0].classes)]
                 for member in members)
-    return total / count_networks(members)[0]
+    return total / count_networks(members)
 
 
 def save_probabilities(path: Path, table: Table, probabilities: np.ndarray, classes: list[str], networks: int) -> None:
@@ -90,15 +107,10 @@ def saved_for(member: EnsembleMember, table: Table) -> np.ndarray:
 
 
 def check_saved(members: list[EnsembleMember], table: Table) -> None:
-    """Raise DataError for saved probabilities that are not of a test table's rows, before networks take their time.
-
-    Where all are saved, no image is needed, and faulty ones are forgotten.
-    """
-    saved = [member for member in members if not member.config]
-    for member in saved:
-        saved_for(member, table)
-    if len(saved) == len(members):
-        table.faults.clear()
+    """Raise DataError for saved probabilities that are not of a test table's rows, before networks take their time."""
+    for member in members:
+        if not member.config:
+            saved_for(member, table)
 
 
 def match_ids(path: Path, ids: np.ndarray, table: Table) -> np.ndarray:

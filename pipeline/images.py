@@ -64,32 +64,36 @@ class LoadSettings:
     on_bad_image: str = "error"  # or "skip"
 
 
+# Measures of an image: highest level, quartiles of the border, longer side, depth, fractions among the levels.
+MEASURES = np.dtype([("highest", float), ("border", float, 3), ("side", int), ("depth", int), ("fractions", bool)])
+
+
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """What some images of a table are like [N, 7]: of each its highest level, the quartiles of its border,
-    its longer side, its depth, and whether its levels are fractions."""
+    """Measures of some images of a table, and what they say of the table."""
 
-    images: np.ndarray
+    images: np.ndarray  # [N] of MEASURES
 
     @property
     def levels(self) -> float:
         """The grey level that is white. Transparent images have 8 bits, however dark their ink is."""
-        plain = self.images[self.images[:, 5] != COLOURS]
-        level = white_level(plain[:, 0].max(initial=0), bool(plain[:, 6].any()))
+        plain = self.images[self.images["depth"] != COLOURS]
+        level = white_level(plain["highest"].max(initial=0), bool(plain["fractions"].any()))
         return level if len(plain) == len(self.images) else max(level, 255.0)
 
     @property
     def size(self) -> int:
         """The longest side, 0 without images."""
-        return int(self.images[:, 4].max(initial=0))
+        return int(self.images["side"].max(initial=0))
 
     def whites(self, levels: float) -> np.ndarray:
         """Return the grey level that is white in each image [N], if `levels` is the table's."""
-        return np.array([file_level(depth, highest, levels) for highest, depth in self.images[:, [0, 5]].tolist()])
+        each = self.images[["depth", "highest"]].tolist()
+        return np.array([file_level(depth, highest, levels) for depth, highest in each], dtype=float)
 
     def backgrounds(self, levels: float) -> tuple[np.ndarray, np.ndarray]:
         """Return each image's background, 0 or 255 [N], and whether three quarters of its border are near it [N]."""
-        low, median, high = self.images[:, 1:4].T / self.whites(levels)
+        low, median, high = self.images["border"].T / self.whites(levels)
         return np.where(median > 0.5, 255, 0), (low >= 0.75) | (high <= 0.25)
 
     def background(self, levels: float) -> int | None:
@@ -106,35 +110,34 @@ def quartiles(borders: np.ndarray) -> np.ndarray:
     return np.sort(borders)[..., np.rint(np.array([0.25, 0.5, 0.75]) * (borders.shape[-1] - 1)).astype(int)]
 
 
-def survey_image(source: str | bytes) -> list[float] | str:
-    """Return what an image is like, a row of a `Survey`, or in a few words why it cannot be used."""
+def measure_image(source: str | bytes) -> tuple | str:
+    """Return the MEASURES of an image, or in a few words why it cannot be used."""
     try:
         raw, alpha = read_grey(source)
-        return [float(raw.max()), *quartiles(border_of(raw, alpha)).tolist(), max(raw.shape), depth_of(raw, alpha),
-                raw.dtype.kind == "f"]
+        return raw.max(), quartiles(border_of(raw, alpha)), max(raw.shape), depth_of(raw, alpha), raw.dtype.kind == "f"
     except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
         return describe_fault(error)
 
 
-def survey_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Return what images [N, H, W] of a table of pixels are like, the rows of a `Survey`."""
-    found = np.empty((len(pixels), 7))
-    found[:, 0], found[:, 1:4] = pixels.max(axis=(1, 2), initial=0), quartiles(edges(pixels))
-    found[:, 4:] = max(pixels.shape[1:]), DEEP, pixels.dtype.kind == "f"
+def measure_pixels(pixels: np.ndarray) -> np.ndarray:
+    """Return the MEASURES [N] of images [N, H, W] of a table of pixels."""
+    found = np.empty(len(pixels), MEASURES)
+    found["highest"], found["border"] = pixels.max(axis=(1, 2), initial=0), quartiles(edges(pixels))
+    found["side"], found["depth"], found["fractions"] = max(pixels.shape[1:]), DEEP, pixels.dtype.kind == "f"
     return found
 
 
 def survey(table: Table, rows: np.ndarray, workers: int = 0) -> Survey:
-    """Return what some rows' images are like. Those that cannot be read are reported when all are decoded."""
+    """Return the measures of some rows' images. Those that cannot be read are reported when all are decoded."""
     rows = np.setdiff1d(rows, table.bad_rows)
     if table.pixels is not None:
-        return Survey(survey_pixels(table.pixels if len(rows) == len(table) else table.pixels[rows]))
-    results = map_images(survey_image, sources_of(table, rows), workers)
-    return Survey(np.array([found for found in results if not isinstance(found, str)], dtype=float).reshape(-1, 7))
+        return Survey(measure_pixels(table.pixels if len(rows) == len(table) else table.pixels[rows]))
+    results = map_images(measure_image, sources_of(table, rows), workers)
+    return Survey(np.array([found for found in results if not isinstance(found, str)], MEASURES))
 
 
 def survey_sample(table: Table) -> Survey:
-    """Return what up to 256 random images of a table are like."""
+    """Return the measures of up to 256 random images of a table."""
     return survey(table, np.random.default_rng(0).permutation(len(table))[:SAMPLE])
 
 
@@ -152,7 +155,7 @@ def estimate_image_statistics(table: Table, image_size: int | None, workers: int
     looked at, and images of both backgrounds are counted in one line.
     """
     found = survey_sample(table)
-    deep = found.images[:, 5] == DEEP
+    deep = found.images["depth"] == DEEP
     usual = table.pixels.dtype == np.uint8 if table.pixels is not None else not deep.any()
     if not usual or found.levels != 255 or found.background(255) is None:
         found = survey(table, np.arange(len(table)), workers)
@@ -195,13 +198,13 @@ def compare_with_training(table: Table, statistics: ImageStatistics, workers: in
 
 def warn_of_range(table: Table, found: Survey, levels: float) -> bool:
     """Warn of a table whose images are much darker than the training images or have levels above their white."""
-    highest, depths = found.images[:, 0], found.images[:, 5]
+    highest, depths = found.images["highest"], found.images["depth"]
     whites = np.where(depths == EIGHT_BITS, min(levels, 255.0), levels)
     if table.pixels is None:
         whites = np.where(depths == DEEP, found.whites(levels), whites)
     shares = np.where(depths == COLOURS, 0, highest / whites)
     share = shares.max(initial=0)
-    if share == 0 or 1 / 8 < share <= (2 if found.images[:, 6].any() else 1):
+    if share == 0 or 1 / 8 < share <= (2 if found.images["fractions"].any() else 1):
         return False
     top, white = highest[shares.argmax()], whites[shares.argmax()]
     factor = white / (found.levels if found.levels != white else top)

@@ -65,7 +65,7 @@ def class_accuracy_table(predictions: Predictions, classes: list[str]) -> pd.Dat
         return pd.DataFrame({"label": classes, "images": counts, "accuracy": hits / counts, "taken_for": mistakes})
 
 
-def describe_classes(predictions: Predictions, classes: list[str]) -> str:
+def describe_class_accuracy(predictions: Predictions, classes: list[str]) -> str:
     """Return a line for each class that has images: its label, its accuracy and their number."""
     table = class_accuracy_table(predictions, classes).query("images > 0")
     return "\n".join(f"  {row.label:>6} {row.accuracy:8.2%} of {row.images:,}" for row in table.itertuples())

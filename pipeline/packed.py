@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline.arrays import SUFFIX, array_table, explained, to_text
-from pipeline.csv_tables import announce_columns, check_cells, check_columns, find_column, find_id_column
+from pipeline.csv_tables import announce_columns, check_cells, find_column, find_key
 from pipeline.errors import DataError, UsageError, first_line
 from pipeline.files import cache_folder
 from pipeline.sources import Table, TableSource
@@ -49,12 +49,10 @@ def parquet_table(source: TableSource, column: str) -> Table:
     path, files = find_shards(source.path)
     with explained(source.path, "parquet"):
         schema = parquet.read_schema(files[0])
-    header = pd.Index(schema.names)
     image = find_image_column(source, schema)
     plain = pd.Index([field.name for field in schema if not is_nested(field.type) and field.name != image])
-    key = find_column("label", source, plain) if column == "label" else find_id_column(source, plain)
-    announce_columns(source, images="" if image == "image" else image, **{f"{column.removeprefix('example_')}s": key})
-    check_columns(source.path, header, (source.group_column,) if source.group_column else (), "--group-column")
+    key = find_key(source, column, plain)
+    announce_columns(source, column, key, images="" if image == "image" else image)
     texts, encoded = {name: [] for name in (key, source.group_column) if name}, []
     for file in files:
         with explained(file, "parquet"):

@@ -85,28 +85,39 @@ def select_pixels(source: TableSource, names: pd.Index, head: pd.DataFrame) -> l
     They are the largest family of names that differ in their numbers alone, or all columns of numbers beside label and
     id. Raises DataError if pixel0, pixel1, ... have a gap.
     """
-    named = names[names.str.fullmatch(PIXEL)]
+    if len(named := names[names.str.fullmatch(PIXEL)]):
+        return in_order(source, list(named))
+    numeric = numeric_columns(source, names, head)
+    families = pd.Series(numeric, dtype=str).groupby([re.sub(r"\d+", "#", name) for name in numeric], sort=False)
+    family = max((members.tolist() for _, members in families), key=len, default=[])
+    if len(family) >= FEWEST and is_image(len(family), source):
+        return in_order(source, family)
+    if len(numeric) < FEWEST or any(is_usual(name, "image") for name in names):
+        return []  # a sample submission with a column for each class, or measures of images
+    return in_order(source, numeric)
+
+
+def numeric_columns(source: TableSource, names: pd.Index, head: pd.DataFrame) -> list[str]:
+    """Return the columns that hold numbers in most of a table's first rows, beside those of labels, ids and groups."""
     cells = pd.to_numeric(pd.Series(head.to_numpy().ravel()), errors="coerce").notna().to_numpy().reshape(head.shape)
-    numeric = names[cells.mean(axis=0) > 0.5] if len(head) else named
+    numeric = names[cells.mean(axis=0) > 0.5] if len(head) else names[:0]
     other = {*source.columns.values(), source.group_column}
     if source.part == "test" and is_image(len(numeric), source):
         other.discard(source.label_column)  # it may be in the training table alone
-    numeric = [name for name in numeric if not (is_usual(name, "label") or is_usual(name, "id"))
-               and name not in other and not name.startswith("Unnamed: ")]
-    families = pd.Series(numeric, dtype=str).groupby([re.sub(r"\d+", "#", name) for name in numeric], sort=False)
-    family = list(named) or max((members.tolist() for _, members in families), key=len, default=[])
-    found = family if len(named) or (is_image(len(family), source) and len(family) >= FEWEST) else numeric
-    if found is numeric and any(is_usual(name, "image") for name in names):
-        return []  # a sample submission with a column for each class, or measures of images
-    if len(found) < FEWEST and not len(named):
-        return []
-    counts = [int(numbers[0]) if len(numbers := re.findall(r"\d+", name)) == 1 else -1 for name in found]
-    if sorted(counts) == list(range(min(counts), min(counts) + len(found))) and (min(counts) < 2 or not len(named)):
-        found = [name for _, name in sorted(zip(counts, found))]  # such as pixel10 before pixel2
-    elif len(named):
-        raise DataError(f"{source.path}: {describe_columns(found)} are not a square image, whose columns are pixel0, "
-                        "pixel1, ..., each once; is one missing?")
-    return found
+    return [name for name in numeric if name not in other and not name.startswith("Unnamed: ")
+            and not (is_usual(name, "label") or is_usual(name, "id"))]
+
+
+def in_order(source: TableSource, pixels: list[str]) -> list[str]:
+    """Return pixel columns in the image's order: as they are counted, pixel2 before pixel10, or else as they stand."""
+    counts = [int(numbers[0]) if len(numbers := re.findall(r"\d+", name)) == 1 else -1 for name in pixels]
+    first, documented = min(counts), re.fullmatch(PIXEL, pixels[0])
+    if sorted(counts) == list(range(first, first + len(pixels))) and not (documented and first > 1):
+        return [name for _, name in sorted(zip(counts, pixels))]
+    if documented:
+        raise DataError(f"{source.path}: {describe_columns(sorted(pixels, key=lambda name: int(name[5:])))} are not a "
+                        "square image, whose columns are pixel0, pixel1, ..., each once; is one missing?")
+    return pixels
 
 
 def describe_columns(pixels: list[str]) -> str:
@@ -119,44 +130,48 @@ def find_label(source: TableSource, first: str, last: str, has_header: bool) -> 
 
     Raises DataError if both vary alike.
     """
-    options = {} if has_header else {"header": None}
-    table = read_csv(source.path, ("label",), **options).iloc[:, lambda table: [
-        list(table.columns.astype(str).str.strip()).index(name) for name in (first, last)]]
-    usual = [table.iloc[:, place].value_counts(normalize=True).max() for place in (0, 1)]
-    whole = [table.iloc[:, place].str.fullmatch(r"\s*\d+(\.0*)?\s*").all() for place in (0, 1)]
-    if whole[0] and whole[1] and usual != [1, 1] and abs(usual[0] - usual[1]) < 0.2:
+    table = read_csv(source.path, ("label",), **({} if has_header else {"header": None}))
+    table.columns = table.columns.astype(str).str.strip()
+    whole = [table[name].str.fullmatch(r"\s*\d+(\.0*)?\s*").all() for name in (first, last)]
+    usual = [table[name].value_counts(normalize=True).max() for name in (first, last)]  # share of the usual value
+    if all(whole) and usual != [1, 1] and abs(usual[0] - usual[1]) < 0.2:
         raise DataError(f"{source.path}: {first} or {last} may hold the labels; name the right one with --label-column")
     return last if whole[1] and (usual[1] < usual[0] or not whole[0]) else first
 
 
-def pixel_table(source: TableSource, columns: PixelColumns, column: str) -> Table:
-    """Read a table of pixels with its labels or ids. Raises DataError that names the first bad row."""
-    path, pixels, others = source.path, columns.pixels, columns.others
+def find_pixel_key(source: TableSource, columns: PixelColumns, column: str) -> str:
+    """Return the column of the labels, or that of the ids, "" if the rows are only numbered.
+
+    Raises DataError if there are no labels.
+    """
+    path, others = source.path, columns.others
     if column == "label":
         key = columns.label or find_column("label", source, others, optional=True)
         if not key and not columns.has_header:
             raise DataError(f"{path}: has pixels alone, and no labels; if another file holds these, join both: "
                             f"paste -d, LABELS.csv {shlex.quote(path.name)} > labelled.csv")
-        check_columns(path, pd.Index([*others, *pixels]), (key or "label",), "--label-column")
-    else:
-        key = find_id_column(source, others)
-        unknown = [name for name in others if not is_usual(name, "label") and not name.startswith("Unnamed: ")
-                   and name not in (columns.label, *source.columns.values())]
-        if unknown and not key:
-            warn(f"{path}: the submission numbers the rows from 1; if another column holds their ids "
-                 f"({', '.join(unknown[:5])}), name it with --id-column")
-    header = pd.Index([*others, *pixels])
-    check_columns(path, header, (key,) if key else ())
-    check_columns(path, header, (source.group_column,) if source.group_column else (), "--group-column")
-    texts = list(dict.fromkeys(name for name in (key, source.group_column) if name))
+        check_columns(path, pd.Index([*others, *columns.pixels]), (key or "label",), "--label-column")
+        return key
+    key = find_id_column(source, others)
+    unknown = [name for name in others if not is_usual(name, "label") and not name.startswith("Unnamed: ")
+               and name not in (columns.label, *source.columns.values())]
+    if unknown and not key:
+        warn(f"{path}: the submission numbers the rows from 1; if another column holds their ids "
+             f"({', '.join(unknown[:5])}), name it with --id-column")
+    return key
+
+
+def pixel_table(source: TableSource, columns: PixelColumns, column: str) -> Table:
+    """Read a table of pixels with its labels or ids. Raises DataError that names the first bad row."""
+    path, pixels, key = source.path, columns.pixels, find_pixel_key(source, columns, column)
+    texts = list(dict.fromkeys(filter(None, (key, source.group_column))))
+    check_columns(path, pd.Index([*columns.others, *pixels]), tuple(texts), "--group-column")
     usual = columns.has_header and re.fullmatch(PIXEL, pixels[0])
     counted = " (it has no header, they are counted from 0)" * (not columns.has_header)
-    announce_columns(source, pixels="" if usual else f"{pixels[0]} to {pixels[-1]}{counted}",
-                     **{f"{column.removeprefix('example_')}s": key})
+    announce_columns(source, column, key, pixels="" if usual else f"{pixels[0]} to {pixels[-1]}{counted}")
     table, levels = read_levels(path, columns, texts)
-    first_row = 1 + columns.has_header
-    rows = check_cells(path, table[texts] if key else pd.DataFrame({column: range(1, len(table) + 1)}).astype(str),
-                       first_row)
+    cells = table[texts] if key else pd.DataFrame({column: range(1, len(table) + 1)}).astype(str)
+    rows = check_cells(path, cells, first_row=1 + columns.has_header)
     names = (key, "label") if key not in ("", "ImageId") else ("ImageId", "Label")
     if column == "label":
         names = "example_id", key if columns.has_header else "label"

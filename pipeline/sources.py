@@ -3,14 +3,14 @@
 import hashlib
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError
 
 SAMPLE = re.compile(r"sample_?submission\.csv", re.IGNORECASE)  # name of a sample submission
 
@@ -51,10 +51,15 @@ class TableSource:
         return {"train": "--root-dir", "extra": "--extra-root", "test": "--test-root"}[self.part]
 
     @property
+    def sample(self) -> Path | None:
+        """The sample submission beside the table, in any case; None if there is none."""
+        beside = [] if self.name.startswith("torchvision:") else sorted(self.path.parent.glob("*"))
+        return next((path for path in beside if SAMPLE.fullmatch(path.name)), None)
+
+    @property
     def files(self) -> list[Path]:
         """The table's file, and the files beside it that are read with it."""
-        beside = [path for path in self.path.parent.glob("*") if SAMPLE.fullmatch(path.name)]
-        return [self.path, self.path.with_name("classes.csv"), *beside]
+        return [self.path, self.path.with_name("classes.csv"), *filter(None, [self.sample])]
 
     @property
     def columns(self) -> dict[str, str]:
@@ -111,22 +116,6 @@ class Table:
         """Return the paths of the table's images that have one of these file names."""
         paths = self.rows.get("image_path", pd.Series(dtype=str))
         return [self.image_root / path for path in paths[paths.str.endswith(tuple(names))]]
-
-
-def read_alike(source: TableSource | None, training: list[TableSource]) -> TableSource:
-    """Return the source of a test table that is read as training tables were: the same way up, the same columns.
-
-    Raises UsageError if these were not read alike, or if there is no test table.
-    """
-    if not source:
-        raise UsageError("--test-csv none: there is no table to predict; name one")
-    if not training:
-        return source
-    if len({(other.transpose, other.pixel_shape) for other in training}) > 1:
-        raise UsageError("the checkpoints were trained with different --transpose or --pixel-shape; use one at a time")
-    columns = {name: getattr(source, name) or getattr(training[0], name) for name in (
-        "image_column", "label_column", "label_pattern")}
-    return replace(source, transpose=training[0].transpose, pixel_shape=training[0].pixel_shape, **columns)
 
 
 def name_rows(path: Path | str, rows: pd.Index) -> str:

@@ -13,10 +13,8 @@ from pipeline import folders, packed
 from pipeline.csv_tables import (
     announce_columns,
     check_cells,
-    check_columns,
     find_column,
-    find_id_column,
-    find_sample,
+    find_key,
     read_csv,
     read_table,
     without_blank_end,
@@ -24,7 +22,7 @@ from pipeline.csv_tables import (
 from pipeline.errors import DataError, warn
 from pipeline.image_paths import image_root, resolve_paths
 from pipeline.pixel_tables import find_pixels, pixel_table
-from pipeline.sources import Table, TableSource, name_rows
+from pipeline.sources import Table, TableSource
 
 
 def read_train_table(source: TableSource) -> Table:
@@ -40,8 +38,10 @@ def read_extra_table(source: TableSource, labels: pd.Series, new_classes: bool) 
     table = open_table(source, "label")
     unknown = table.rows.label[~table.rows.label.isin(labels)]
     if len(unknown) and not new_classes:
-        raise DataError(f"{name_rows(table.path, unknown.index)}: the training table has no label "
-                        f"{unknown.iloc[0]!r}; remove the row, or allow new classes with --extra-classes")
+        place = table.rows.index.get_loc(unknown.index[0])
+        more = f" (and {len(unknown) - 1} more rows)" * (len(unknown) > 1)
+        raise DataError(f"{table.where(place)}{more}: the training table has no label {unknown.iloc[0]!r}; remove the "
+                        "row, or allow new classes with --extra-classes")
     return table
 
 
@@ -51,10 +51,9 @@ def read_test_table(source: TableSource) -> Table:
     Raises DataError for an id that is not unique.
     """
     table = open_table(source, "example_id")
-    sample = None if source.name.startswith("torchvision:") else find_sample(source.path)
-    if sample:
-        rows = without_blank_end(read_csv(sample, table.submission_columns))
-        table = dataclasses.replace(table, sample=rows, sample_path=sample)
+    if source.sample:
+        rows = without_blank_end(read_csv(source.sample, table.submission_columns))
+        table = dataclasses.replace(table, sample=rows, sample_path=source.sample)
         table = table if source.id_column else take_sample_ids(table)
     ids = table.rows.example_id
     for place in np.flatnonzero(ids.duplicated())[:1]:
@@ -111,11 +110,9 @@ def image_table(source: TableSource, column: str) -> Table:
     path, table = source.path, read_csv(source.path, ("image_path", column))
     table.columns = table.columns.str.strip()
     image = find_column("image", source, table.columns)
-    key = find_column("label", source, table.columns, taken=(image,)) if column == "label" else find_id_column(
-        source, table.columns)
-    announce_columns(source, images=image, **{f"{column.removeprefix('example_')}s": key})
-    texts = list(dict.fromkeys(name for name in (image, key, source.group_column) if name))
-    check_columns(path, table.columns, (source.group_column,) if source.group_column else (), "--group-column")
+    key = find_key(source, column, table.columns, taken=(image,))
+    announce_columns(source, column, key, images=image)
+    texts = list(dict.fromkeys(filter(None, (image, key, source.group_column))))
     cells = check_cells(path, without_blank_end(table[texts]))
     rows = pd.DataFrame({column: cells[key] if key else pd.Series(range(1, len(cells) + 1), cells.index).astype(str),
                          "image_path": cells[image]})
@@ -170,8 +167,8 @@ def class_numbers(labels: pd.Series, classes: list[str]) -> np.ndarray:
 def known_class_numbers(table: Table, classes: list[str]) -> np.ndarray:
     """Return `class_numbers` of a table. Raises DataError for a label that is not among the classes."""
     numbers = class_numbers(table.rows.label, classes)
-    for row in table.rows.index[numbers < 0][:1]:
-        raise DataError(f"{table.path}, row {row}: label {table.rows.label[row]!r} is none of the {len(classes)} "
+    for place in np.flatnonzero(numbers < 0)[:1]:
+        raise DataError(f"{table.where(place)}: label {table.rows.label.iloc[place]!r} is none of the {len(classes)} "
                         "classes that the checkpoint knows; remove the row or name another table")
     return numbers
 
