@@ -274,3 +274,38 @@ def test_a_run_says_what_to_expect_of_the_test_rows(main_in_process, command):
     assert status == 0 and "expected accuracy on the test rows" in out.splitlines()[-1]
     status, out, _ = main_in_process(*QUICK, "--model", "tiny", "--train-val-split", "1", "--no-resume")
     assert status == 0 and "expected accuracy" not in out
+
+
+def test_predict_turns_pixels_as_the_training_did(tmp_path, capsys):
+    command = Command(make_pixel_competition(tmp_path / "digits"), tmp_path / "out", tmp_path / "cache")
+    assert script.main(command.arguments(*QUICK, "--model", "cnn", "--transpose", "--num-epochs", "8")) == 0
+    answers = command.submission()
+    network = str(command.output / "best_model.pth")
+    assert script.main(command.arguments("predict", network)) == 0
+    assert command.submission().equals(answers)
+    for name in ("train.csv", "test.csv"):  # upright pixels give other answers
+        table = pd.read_csv(command.data / name)
+        pixels = [column for column in table if column != "label"]
+        table[pixels] = table[pixels].to_numpy().reshape(-1, 12, 12).swapaxes(1, 2).reshape(len(table), -1)
+        table.to_csv(command.data / name, index=False)
+    assert script.main(command.arguments("predict", network)) == 0
+    assert not command.submission().equals(answers)
+    other = Command(command.data, tmp_path / "other", command.cache)
+    assert script.main(other.arguments(*QUICK, "--model", "tiny")) == 0
+    assert script.main(command.arguments("predict", network, str(other.output / "best_model.pth"))) == 2
+    assert "trained with different --transpose or --pixel-shape; use one at a time" in capsys.readouterr().err
+
+
+def test_an_image_of_a_folder_is_named_by_its_path(tmp_path, capsys):
+    data = make_competition(tmp_path / "data")
+    for part, labels in (("train", "ab"), ("held", "ac")):
+        for number, label in enumerate(labels * 12):
+            (data / part / label).mkdir(parents=True, exist_ok=True)
+            os.link(sorted((data / "Dataset_Image" / "data").iterdir())[number], data / part / label / f"{number}.png")
+    command = Command(data, tmp_path / "out", tmp_path / "cache")
+    flags = ["--train-csv", "train", "--test-csv", "none", *QUICK, "--model", "tiny"]
+    assert script.main(command.arguments(*flags)) == 0
+    assert script.main(command.arguments("evaluate", str(command.output / "best_model.pth"), "--test-csv", "held")) == 1
+    assert f"{data}/held/c/1.png: label 'c' is none of the 2 classes" in capsys.readouterr().err
+    assert script.main(command.arguments(*flags, "--extra-csv", "held", "--no-resume")) == 1
+    assert f"{data}/held/c/1.png (and 11 more rows): the training table has no label 'c'" in capsys.readouterr().err
