@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 from pipeline import device, ensemble, files, folds, metrics, models, optim, outputs, plots, sources, splits, tables
 from pipeline.cli import check_fields, parse, pick
+from pipeline.clock import NO_LIMIT, TimeLimit, TrainingClock, time_limit
 from pipeline.device import Runtime, memory_remedy, start_runtime
 from pipeline.distributed import distributed_data_parallel
 from pipeline.ensemble import EnsembleMember
@@ -58,11 +59,11 @@ from pipeline.images import ImageStatistics, LoadSettings, estimate_image_statis
 from pipeline.knn import KNNClassifier, build_knn_index, empty_knn_index, split_head
 from pipeline.metrics import MetricAccumulator, Predictions, score
 from pipeline.models import AveragePool, DigitCNN, DigitMLP, ResidualBlock, SqueezeExcitation, TinyCNN, conv_bn
-from pipeline.optim import BatchNormStatistics, Schedule, SkippedSteps, TrainingClock, WeightAverage
+from pipeline.optim import BatchNormStatistics, Schedule, SkippedSteps, WeightAverage
 from pipeline.outputs import EVALUATION_FILES, RESERVED_FILES, TEST_PROBABILITIES, TRAINING_FILES, VALIDATION_FILES
 from pipeline.pixel_tables import PIXEL
-from pipeline.presets import PRESETS
-from pipeline.resume import CheckpointManager, TrainingState, compare_fingerprints
+from pipeline.presets import LIMITS, PRESETS
+from pipeline.resume import CheckpointManager, TrainingState, compare_fingerprints, stored_precision
 from pipeline.shift import expected_accuracy, mean_over_folds, report_expected
 from pipeline.signals import Stopped, StopSignals, exit_status
 from pipeline.sources import Table, TableSource
@@ -76,23 +77,11 @@ from pipeline.transforms import BatchRandom, WarpRanges, change_ink, erase, resi
 # the data (benchmarks/RESULTS.md); the others are untuned.
 RECIPES = {
     "resnet": {"image_size": 48, "batch_size": 512, "learning_rate": 4e-3, "num_epochs": 20, "dropout": 0.2},
-    "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.3},
+    "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.1},
     "digit-cnn": {"image_size": 28, "batch_size": 128, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.25},
     "mlp": {"image_size": 28, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.0},
     "tiny": {"image_size": 28, "batch_size": 128, "learning_rate": 1e-2, "num_epochs": 20, "dropout": 0.0},
     "torchvision": {"image_size": 64, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.2},
-}
-
-# Smallest and largest value of a setting; other numbers may be anything from 0 up.
-LIMITS = {
-    "image_size": (8, 1024), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf), "num_epochs": (1, math.inf),
-    "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "momentum": (0, 0.9999), "accumulation_steps": (1, math.inf),
-    "warmup": (0, 1), "step_epochs": (1, math.inf), "gamma": (1e-6, 1), "label_smoothing": (0, 0.99),
-    "mixup_alpha": (1e-3, math.inf), "ema_decay": (0, 0.999999), "train_val_split": (0.01, 1), "rotation": (0, 180),
-    "scale": (0, 0.9), "shear": (0, 2), "stretch": (0, 1), "shift": (0, 1), "crop": (0, 1), "crop_size": (0.1, 1),
-    "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1),
-    "edge_softening": (0, 0.25), "knn_weight": (0, 0.99), "num_workers": (-1, 1024), "extra_weight": (1e-6, 100),
-    "tta": (1, 1000),
 }
 
 
@@ -139,8 +128,8 @@ class Config:
     # Training
     batch_size: int | None = None       # images per step
     learning_rate: float | None = None  # peak of the schedule
-    num_epochs: int | None = None       # passes over the training rows
-    min_steps: int = 600                # least number of steps if num_epochs is auto: small tables get more epochs
+    num_epochs: int | None = None       # passes over the training rows (auto with max_minutes: up to four times more)
+    min_steps: int = 600                # if num_epochs is auto: steps of small tables, or until they are learnt
     max_minutes: float = 0.0            # time limit of the whole run, if num_epochs does not end it first (0: none)
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"  # optimizer of torch
     momentum: float = 0.9               # Nesterov momentum of sgd
@@ -279,9 +268,12 @@ def resolve_config(config: Config, runtime: Runtime, training_rows: int) -> Conf
         model = "cnn" if runtime.device.type == "cpu" else "resnet"
     recipe = RECIPES[model.split(":")[0]]
     chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
+    steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]) / config.accumulation_steps)
+    small = "num_epochs" in chosen and recipe["num_epochs"] * steps < config.min_steps
+    chosen["min_steps"] = config.min_steps * small  # 0: the training accuracy ends nothing
     if "num_epochs" in chosen:
-        steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]) / config.accumulation_steps)
-        chosen["num_epochs"] = max(recipe["num_epochs"], math.ceil(config.min_steps / steps))
+        least = recipe["num_epochs"] * (4 if config.max_minutes else 1)  # the time ends it
+        chosen["num_epochs"] = max(least, math.ceil(config.min_steps / steps))
     return dataclasses.replace(config, model=model, precision=runtime.precision,
                                eval_batch_size=runtime.eval_batch_size, **chosen)
 
@@ -413,8 +405,9 @@ class ResNetMathSymbol(nn.Sequential):
 class MathSymbolCNN(nn.Sequential):
     """Light network: five 3x3 convolutions in three stages, pooled to 4x4, and a hidden layer of 512.
 
-    Channels are gated after the third and fifth convolution. Pooling comes before the ReLU, which gives the same values
-    at a quarter of the work. Dropout in the stages drops whole channels, since neighbouring pixels are alike.
+    Early stages are narrow, since a channel costs most there. Channels are gated after the third and fifth convolution.
+    Pooling comes before the ReLU, which gives the same values at a quarter of the work. Dropout in the stages drops
+    whole channels, since neighbouring pixels are alike.
     """
 
     def __init__(self, num_classes: int, dropout: float = 0.5):
@@ -423,9 +416,9 @@ class MathSymbolCNN(nn.Sequential):
         def pooled(share: float) -> list[nn.Module]:
             return [nn.MaxPool2d(2, ceil_mode=True), nn.ReLU(inplace=True), nn.Dropout2d(dropout * share)]
 
-        self.conv1 = nn.Sequential(conv_bn(1, 32), nn.ReLU(inplace=True))
-        self.conv2 = nn.Sequential(conv_bn(32, 64), *pooled(1 / 6))
-        self.conv3 = nn.Sequential(conv_bn(64, 128), nn.ReLU(inplace=True), SqueezeExcitation(128, 16))
+        self.conv1 = nn.Sequential(conv_bn(1, 16), nn.ReLU(inplace=True))
+        self.conv2 = nn.Sequential(conv_bn(16, 48), *pooled(1 / 6))
+        self.conv3 = nn.Sequential(conv_bn(48, 128), nn.ReLU(inplace=True), SqueezeExcitation(128, 16))
         self.conv4 = nn.Sequential(conv_bn(128, 128), *pooled(1 / 3))
         self.conv5 = nn.Sequential(conv_bn(128, 256), *pooled(1 / 3), SqueezeExcitation(256, 32))
         self.pool = nn.Sequential(AveragePool(4), nn.Flatten())
@@ -731,7 +724,7 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
         state.sums, state.seconds = totals.sums(), time.monotonic() - begun
 
     with tqdm(total=len(data.split.train_rows), initial=state.images, unit="img", unit_scale=True, leave=False,
-              disable=ranks.rank > 0 or None, desc=f"epoch {state.epoch}/{config.num_epochs}") as bar:
+              disable=ranks.rank > 0 or None, desc=f"epoch {state.epoch}/{state.num_epochs}") as bar:
         for number in range(state.step, len(batches)):
             progress, due, signal_number = ranks.all_reduce_max(
                 clock.progress(trainer.step), manager.is_due(), stops.pending or 0)
@@ -775,7 +768,7 @@ def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, 
     config, folder, writes = trainer.config, Path(trainer.config.output_dir), trainer.runtime.ranks.rank == 0
     skipped = float(trainer.skipped.counts[0])
     rate = state.images / state.seconds
-    print(metrics.describe_epoch(row, config.num_epochs, rate, skipped - state.skipped), flush=True)
+    print(metrics.describe_epoch(row, state.num_epochs, rate, skipped - state.skipped), flush=True)
     if config.schedule == "plateau":
         trainer.plateau.step(row["val_accuracy"])
     better = metrics.is_better(row, state.best, config.select_by)
@@ -788,12 +781,12 @@ def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, 
             pd.DataFrame(state.history, columns=metrics.HISTORY_COLUMNS).to_csv(temporary, index=False)
 
 
-def fit(config: Config, data: CompetitionData, seconds: float = math.inf, manager: CheckpointManager | None = None,
+def fit(config: Config, data: CompetitionData, limit: TimeLimit = NO_LIMIT, manager: CheckpointManager | None = None,
         stops: StopSignals | None = None) -> pd.DataFrame:
     """Train a network by a resolved config and return its history, one row per epoch, as in history.csv.
 
-    model_file in output_dir is the best epoch by `select_by`, or the last one without validation rows. Training ends
-    after so many seconds, over which the schedule is laid. A manager with a folder lets it be resumed.
+    model_file in output_dir is the best epoch by `select_by`, or the last one without validation rows. The schedule is
+    laid over the time that the limit leaves for training. A manager with a folder lets it be resumed.
     """
     entered, runtime, rows = time.monotonic(), data.dataset.runtime, len(data.split.train_rows)
     manager, stops, ranks = manager or CheckpointManager(), stops or StopSignals(), runtime.ranks
@@ -803,14 +796,16 @@ def fit(config: Config, data: CompetitionData, seconds: float = math.inf, manage
                          "raise --batch-size, or start fewer ranks")
     model = start_model(config, data, fresh=not manager.found)
     trainer = Trainer(config, model, runtime, smallest_batch=min(config.batch_size, rows // steps))
-    clock = TrainingClock(config.num_epochs * steps, seconds - (time.monotonic() - entered))
+    spent = time.monotonic() - entered
+    clock = TrainingClock(config.num_epochs * steps, dataclasses.replace(limit, seconds=limit.seconds - spent))
     remedy = (f"with batches of {config.batch_size} images; try --batch-size {max(config.batch_size // 2, 2)}, with "
               f"--accumulation-steps {2 * config.accumulation_steps} for the same optimizer steps")
     with stops.hold():
         state = manager.begin(trainer.load_state_dict)
-        clock.add_earlier(state.trained_seconds)
+        clock.earlier, clock.shortened = state.trained_seconds, state.shortened
+        state.num_epochs = state.num_epochs or config.num_epochs
         try:
-            while not state.training_finished(config.num_epochs, config.early_stopping,
+            while not state.training_finished(config.early_stopping,
                                               *ranks.all_reduce_max(clock.progress(trainer.step))):
                 with memory_remedy(remedy):
                     row = {"epoch": state.epoch, **train(trainer, data, state, clock, manager, stops)}
@@ -819,8 +814,12 @@ def fit(config: Config, data: CompetitionData, seconds: float = math.inf, manage
                 begun = time.monotonic()
                 with stops.hold(ranks.world_size > 1):  # the other ranks would wait for one that leaves
                     row |= validate(trainer.result, data)
+                clock.remeasure((time.monotonic() - begun) / max(len(data.split.val_rows), 1))
                 row["seconds"] = state.seconds + time.monotonic() - begun
                 finish_epoch(trainer, data, state, row)
+                if config.min_steps and (rest := clock.shorten(state.history, steps)):
+                    print(f"the training accuracy has stopped rising: {rest} more epochs")
+                    state.shortened, state.num_epochs = clock.shortened, state.epoch - 1 + rest
                 manager.save(snapshot(trainer, state, clock), min(SHORTEST_INTERVAL, 60 * config.checkpoint_minutes))
             signal_number, = ranks.all_reduce_max(stops.pending or 0)  # one that came while the last epoch was saved
             if signal_number:
@@ -828,7 +827,7 @@ def fit(config: Config, data: CompetitionData, seconds: float = math.inf, manage
         except Stopped as stop:
             manager.save(snapshot(trainer, state, clock))
             raise Stopped(stop.number, manager.describe_saved(config.fold)) from None
-    if state.early_stopping_triggered(config.early_stopping) and state.epoch <= config.num_epochs:
+    if state.early_stopping_triggered(config.early_stopping) and state.epoch <= state.num_epochs:
         print(f"stopped early: {config.early_stopping} epochs without a better validation {config.select_by}")
     return pd.DataFrame(state.history, columns=metrics.HISTORY_COLUMNS)
 
@@ -901,10 +900,10 @@ def run_fingerprint(config: Config, data: CompetitionData) -> dict:
                                                               *rows]), "device": dataset.runtime.device.type}
 
 
-def training_seconds(config: Config, data: CompetitionData, started: float, manager: CheckpointManager) -> float:
-    """Return what max_minutes leaves for training beside the last validation, prediction and writing, as measured."""
+def measure_limit(config: Config, data: CompetitionData, started: float, manager: CheckpointManager) -> TimeLimit:
+    """Return the time that max_minutes leaves for training and answers, whose pace is measured."""
     if not config.max_minutes:
-        return math.inf
+        return NO_LIMIT
     runtime, rows, val_rows = data.dataset.runtime, data.split.train_rows, len(data.split.val_rows)
 
     def seconds_per_image(model: nn.Module) -> float:
@@ -917,10 +916,10 @@ def training_seconds(config: Config, data: CompetitionData, started: float, mana
     if config.knn_neighbors:
         answer = seconds_per_image(KNNClassifier(model, config.knn_neighbors, 0.0, empty_knn_index(model, len(rows))))
     test_rows = len(data.test or ()) * (2 if config.folds else 1)  # of folds alone, and averaged
-    passes = alone * (val_rows + len(rows) * (config.knn_neighbors > 0)) + answer * (val_rows + test_rows)
-    reserve = 10 + 10 * config.pictures + 1.5 * passes  # seconds to import, write, exit and draw
-    used, = runtime.ranks.all_reduce_max(time.monotonic() - started)
-    return optim.seconds_left(config.max_minutes, used, reserve, bool(config.folds), must_train=not manager.found)
+    answers = val_rows + len(rows) * (config.knn_neighbors > 0) + answer / alone * (val_rows + test_rows)
+    fixed = 5 + 5 * config.pictures  # seconds to import, write, exit and draw
+    used, alone = runtime.ranks.all_reduce_max(time.monotonic() - started, alone)
+    return time_limit(config.max_minutes, used, fixed, answers, alone, bool(config.folds), not manager.found)
 
 
 def finish_network(config: Config, data: CompetitionData) -> tuple[TrainedModel, Predictions | None]:
@@ -979,7 +978,7 @@ def run_one(config: Config, data: CompetitionData, stops: StopSignals, started: 
         manager = CheckpointManager(folder, own, ranks, config.checkpoint_minutes, config.resume, config.model_file,
                                     started)
         started -= manager.elapsed
-        history = fit(config, data, training_seconds(config, data, started - reserved, manager), manager, stops)
+        history = fit(config, data, measure_limit(config, data, started - reserved, manager), manager, stops)
         best, predictions = finish_network(config, data)
         probabilities, figures = ensemble_predict([best], data.test) if data.test else None, best.metrics
         if predictions and data.test:
@@ -1059,10 +1058,12 @@ def run_folds(config: Config, data: CompetitionData, stops: StopSignals, started
 
 def run(config: Config, started: float, stops: StopSignals) -> None:
     """Train, predict and write the submission, or resume where an earlier process was stopped."""
-    for own in (config, *(fold_config(config, fold) for fold in range(config.folds))):
+    every = [config, *(fold_config(config, fold) for fold in range(config.folds))]
+    for own in every:
         files.check_not_overwritten(Path(own.output_dir), own.written_files, own.inputs)
     files.make_output_folder(Path(config.output_dir), [config.model_file, config.submission_file])
-    runtime = start_runtime(config.device, config.precision, config.eval_batch_size)
+    stored = stored_precision([Path(own.output_dir) for own in every]) if config.resume else ""
+    runtime = start_runtime(config.device, config.precision, config.eval_batch_size, stored)
     print(f"device {runtime.describe()}")
     device.check_several_gpus(runtime, config.compile)
     config, data = prepare_data(config, runtime)
@@ -1091,10 +1092,9 @@ def open_members(config: Config, names: list[str], saved: bool = True) -> list[E
 
 
 def runtime_for(members: list[EnsembleMember], config: Config) -> Runtime:
-    """Start a runtime in the precision of the first network: float32, or the best that the device has."""
+    """Start a runtime in the precision that the first network was trained in, or the fastest that the device has."""
     trained_in = next((member.config.precision for member in members if member.config), "")
-    precision = "float32" if config.precision == "auto" and trained_in == "float32" else config.precision
-    return start_runtime(config.device, precision, config.eval_batch_size)
+    return start_runtime(config.device, config.precision, config.eval_batch_size, trained_in)
 
 
 def average_members(members: list[EnsembleMember], table: Table, config: Config,

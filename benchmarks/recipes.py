@@ -26,6 +26,7 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 import script
+from pipeline.clock import TimeLimit
 from pipeline.device import start_runtime
 from pipeline.errors import UsageError
 from pipeline.signals import exit_status
@@ -58,8 +59,7 @@ def train_once(flags: list[str], rows: int, seconds: float) -> dict[str, float]:
     without_validation = dataclasses.replace(data, split=Split(train_rows, data.split.val_rows[:0]))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        history = script.fit(dataclasses.replace(config, output_dir=folder), without_validation,
-                             seconds)
+        history = script.fit(dataclasses.replace(config, output_dir=folder), without_validation, TimeLimit(seconds))
         seconds = time.monotonic() - started
         trained = script.load_checkpoint(Path(folder, config.model_file))
     figures = script.validate(data.dataset.runtime.to_device(trained.model), data)

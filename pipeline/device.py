@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pipeline.distributed import Ranks, is_launched, join_ranks
 from pipeline.errors import DataError, UsageError, first_line, warn
+from pipeline.precision import fastest_precision, works
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Runtime:
     gpus: int = 1               # GPUs that this process shares a batch between
     eval_batch_size: int = 128
     ranks: Ranks = Ranks()
+    reason: str = ""            # why this precision was chosen
 
     def autocast(self) -> torch.autocast:
         """Return the context for the network's forward pass."""
@@ -36,7 +38,7 @@ class Runtime:
 
     def to_device(self, model: nn.Module) -> nn.Module:
         """Move a model to the device, in channels-last format where that is fast and correct (not on MPS)."""
-        channels_last = self.device.type in ("cpu", "cuda")
+        channels_last = self.device.type == "cuda" or (self.device.type == "cpu" and not crashes_channels_last(model))
         return model.to(self.device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
     def has_room_for(self, num_bytes: int) -> bool:
@@ -49,7 +51,17 @@ class Runtime:
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device) + (f" x {self.gpus}" if self.gpus > 1 else "")
         rank = f", rank {self.ranks.rank} of {self.ranks.world_size}" if self.ranks.joined else ""
-        return f"{self.device} ({name}), {self.precision}, {torch.get_num_threads()} CPU threads{rank}"
+        reason = f" (auto: {self.reason})" * bool(self.reason)
+        return f"{self.device} ({name}), {self.precision}{reason}, {torch.get_num_threads()} CPU threads{rank}"
+
+
+def crashes_channels_last(model: nn.Module) -> bool:
+    """Return whether oneDNN may end the process in a layer's backward pass (its issue 6035).
+
+    It writes behind its buffers for 1x1 convolutions with a stride and 2 to 15 input channels, in float32 on AVX-512.
+    """
+    return any(isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and max(layer.stride) > 1
+               and layer.in_channels < 16 for layer in model.modules())
 
 
 class AutocastModel(nn.Module):
@@ -65,15 +77,18 @@ class AutocastModel(nn.Module):
             return self.model(inputs)
 
 
-def start_runtime(device: str = "auto", precision: str = "auto", eval_batch_size: int | None = None) -> Runtime:
-    """Test the device and join torchrun's ranks. Raises UsageError for a device or precision that does not work."""
+def start_runtime(device: str = "auto", precision: str = "auto", eval_batch_size: int | None = None,
+                  stored: str = "") -> Runtime:
+    """Test the device and join torchrun's ranks. Raises UsageError for a device or precision that does not work.
+
+    Precision "auto" is the `stored` one of an earlier run where the device has it, else the fastest.
+    """
     chosen = choose_device(device)
     if chosen.type == "cuda":
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True  # all batches have one of two sizes
         if chosen.index is not None:
             torch.cuda.set_device(chosen)
-    precision = best_precision(chosen) if precision == "auto" else precision
     if chosen.type == "cpu":
         if precision == "fp16":
             raise UsageError("--precision fp16 needs a GPU; on a CPU use bf16 or float32")
@@ -81,7 +96,11 @@ def start_runtime(device: str = "auto", precision: str = "auto", eval_batch_size
     # On a CPU, activations of larger batches exceed what keep_freed_memory can keep.
     eval_batch_size = eval_batch_size or (128 if chosen.type == "cpu" else 1024)
     gpus = torch.cuda.device_count() if chosen.type == "cuda" and chosen.index is None else 1
-    return Runtime(chosen, precision, gpus, eval_batch_size, join_ranks(chosen))
+    ranks, reason = join_ranks(chosen), ""
+    if precision == "auto":
+        precision, reason = ranks.broadcast_from_rank0(
+            lambda: (stored, "as stored") if stored and works(chosen, stored) else fastest_precision(chosen))
+    return Runtime(chosen, precision, gpus, eval_batch_size, ranks, reason)
 
 
 def choose_device(requested: str) -> torch.device:
@@ -110,14 +129,6 @@ def _device_of_rank(name: str) -> str:
     if name == "cuda" and ranks > gpus:
         raise UsageError(f"torchrun started {ranks} ranks on a machine with {gpus} GPUs; use --nproc-per-node {gpus}")
     return f"cuda:{os.environ['LOCAL_RANK']}" if name == "cuda" else name
-
-
-def best_precision(device: torch.device) -> str:
-    """Return the fastest precision that the device reports. Never a timing, so that a run can be repeated."""
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    reports = ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if device.type == "cpu" else ()
-    return "bf16" if any(getattr(torch.cpu, report, bool)() for report in reports) else "float32"
 
 
 def keep_freed_memory() -> None:

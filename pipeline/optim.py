@@ -1,8 +1,7 @@
-"""Steps, schedules, optimizers, batch-norm statistics, averaged weights and the training clock."""
+"""Steps, schedules, optimizers, batch-norm statistics and averaged weights."""
 
 import copy
 import math
-import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.distributed import Ranks
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError
 from pipeline.models import Normalize
 
 MAX_SKIPPED_IN_A_ROW = 10  # steps without finite numbers after which a training has diverged
@@ -38,36 +37,6 @@ def accumulation_shares(sizes: list[int], accumulation_steps: int) -> list[tuple
     groups = np.array_split(sizes, math.ceil(len(sizes) / accumulation_steps))
     return [(float(share), place == len(group) - 1)
             for group in groups for place, share in enumerate(group / group.sum())]
-
-
-def seconds_left(max_minutes: float, used: float, reserve: float, folds: bool, must_train: bool) -> float:
-    """Return the seconds of max_minutes for training. Raises UsageError if there are none and a network is needed."""
-    seconds = 60 * max_minutes - used - reserve
-    if seconds <= 0 and must_train:
-        raise UsageError(f"--max-minutes {max_minutes:g} leaves no time to train: {used:.0f} s are used"
-                         f"{' or reserved for other folds' if folds else ''}, validation and prediction take "
-                         f"{reserve:.0f} s; allow more minutes")
-    return max(seconds, 0.0)
-
-
-class TrainingClock:
-    """The progress of training from 0 to 1, by steps or by time, whichever ends first."""
-
-    def __init__(self, steps: int, seconds: float = math.inf):
-        self.steps, self.seconds, self.started = steps, max(seconds, 1e-9), time.monotonic()
-
-    def add_earlier(self, seconds: float) -> None:
-        """Count seconds of training by an earlier process, which are not part of the time available."""
-        self.started, self.seconds = self.started - seconds, self.seconds + seconds
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of training so far."""
-        return time.monotonic() - self.started
-
-    def progress(self, step: int) -> float:
-        """Return the share of the training that is done before this step."""
-        return min(1.0, max(step / self.steps, self.elapsed / self.seconds))
 
 
 @dataclass(frozen=True)

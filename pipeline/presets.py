@@ -1,4 +1,18 @@
-"""Recipes by name: those of the projects that this one grew out of, and our own for digits."""
+"""The ranges of settings, and recipes by name: of the projects that this one grew out of, and our own for digits."""
+
+import math
+
+# Smallest and largest value of a setting; other numbers may be anything from 0 up.
+LIMITS = {
+    "image_size": (8, 1024), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf), "num_epochs": (1, math.inf),
+    "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "momentum": (0, 0.9999), "accumulation_steps": (1, math.inf),
+    "warmup": (0, 1), "step_epochs": (1, math.inf), "gamma": (1e-6, 1), "label_smoothing": (0, 0.99),
+    "mixup_alpha": (1e-3, math.inf), "ema_decay": (0, 0.999999), "train_val_split": (0.01, 1), "rotation": (0, 180),
+    "scale": (0, 0.9), "shear": (0, 2), "stretch": (0, 1), "shift": (0, 1), "crop": (0, 1), "crop_size": (0.1, 1),
+    "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1),
+    "edge_softening": (0, 0.25), "knn_weight": (0, 0.99), "num_workers": (-1, 1024), "extra_weight": (1e-6, 100),
+    "tta": (1, 1000),
+}
 
 # Everything of our own recipe switched off: the recipes of other projects start from this.
 PLAIN = {
@@ -39,5 +53,5 @@ PRESETS = {
                     "num_epochs": 40},
     "digits-fast": {"model": "digit-cnn", "num_epochs": 1, "learning_rate": 5e-3, "dropout": 0.0,
                     "label_smoothing": 0.0, "ema_decay": 0.99, "augment": False, "knn_neighbors": 0, "pictures": False},
-    "digits-best": {"model": "cnn", "image_size": 28, "num_epochs": 20},
+    "digits-best": {"model": "cnn", "image_size": 28, "num_epochs": 20, "dropout": 0.3},
 }

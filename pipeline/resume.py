@@ -1,6 +1,8 @@
 """last.pth: what a training saves, and how the run that was cut off is found again. Dictionaries only."""
 
+import contextlib
 import copy
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +12,7 @@ from pipeline.cli import flag_of
 from pipeline.device import versions
 from pipeline.distributed import Ranks
 from pipeline.errors import DataError, first_line, warn
-from pipeline.files import load_verified, save_verified
+from pipeline.files import load_tensors, load_verified, save_verified
 
 LAST_FILES = ("last.pth", "last.before.pth", "last.next.pth")  # the state, the one before it, the one being written
 WRITE_SHARE = 1 / 20  # share of the time that may be spent on writing states
@@ -29,14 +31,16 @@ class TrainingState:
     skipped: float = 0.0           # steps skipped before this epoch
     history: list[dict] = field(default_factory=list)  # figures of the epochs before
     best: dict | None = None       # the best of them
+    num_epochs: int = 0            # of the whole training; fewer than planned once it has settled
+    shortened: list[float] | None = None  # of the clock of a training that has settled
 
     def early_stopping_triggered(self, patience: int) -> bool:
         """Return whether the last `patience` epochs brought no improvement. A patience of 0 never triggers."""
         return bool(patience and self.history and self.history[-1]["epoch"] - self.best["epoch"] >= patience)
 
-    def training_finished(self, num_epochs: int, patience: int, progress: float) -> bool:
+    def training_finished(self, patience: int, progress: float) -> bool:
         """Return whether no epoch follows: all are done, time is up, or early stopping is triggered."""
-        over = self.epoch > num_epochs or (progress >= 1 and not self.step)
+        over = self.epoch > self.num_epochs or (progress >= 1 and not self.step)
         return bool(self.history) and (over or self.early_stopping_triggered(patience))
 
     def finish_epoch(self, row: dict, better: bool, skipped: float) -> None:
@@ -142,6 +146,20 @@ class CheckpointManager:
         """Remove what was saved: the run is finished, or starts over."""
         for path in self.paths if self.ranks.rank == 0 else ():
             path.unlink(missing_ok=True)
+
+
+def stored_precision(folders: list[Path]) -> str:
+    """Return the precision of the first unfinished run in some folders, or finished fold in the second and later.
+
+    "" if there is none.
+    """
+    for path in (folder / name for folder in folders for name in LAST_FILES[:2]):
+        with contextlib.suppress(Exception):  # what is wrong with a file is said when it is resumed
+            return load_tensors(path)["fingerprint"]["settings"]["precision"]
+    for folder in folders[1:]:
+        with contextlib.suppress(Exception):
+            return json.loads((folder / "run.json").read_text())["config"]["precision"]
+    return ""
 
 
 def compare_fingerprints(found: dict, own: dict) -> str:

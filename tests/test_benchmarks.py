@@ -83,6 +83,8 @@ def test_ensemble_prints_each_network_and_the_mean(trained):
      r"\| `--batch-size 32` \| 2 \| [0-9.]+ ± [0-9.]+ \|"),
     ("time_to_accuracy", [*QUICK, "--model", "cnn"], r"whole command: \d+ s, last epoch [0-9.]+ %"),
     ("throughput", ["--models", "cnn", "--rounds", "1", "--seconds", "1"], r"median: ours .* ratio [0-9.]+; \d+% of"),
+    ("precision", ["--rounds", "1", "--seconds", "1"], r"cnn: auto takes \w+, [01]\.\d\d of the fastest"),
+    ("peers", ["--peers", "ours", "--minutes", "2"], r"\| ours \| \d+ \| [0-9.]+ \| [0-9,]+ \| [0-9.]+ \| 0 \|"),
     ("shift", ["--rows", "30"], r"\| mean of 31 \| \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|"),
     ("growth", ["--sizes", "300", "900", "--steps", "5"], r"\| 900 \| [0-9.]+ \| \d+ \|"),
     ("data_path", [], "."),

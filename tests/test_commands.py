@@ -48,7 +48,7 @@ def test_run_writes_everything_and_learns(finished):
 def test_log_describes_data_model_and_result(finished):
     _, done = finished
     for text in ("device cpu", "100 labelled images of 5 classes, 20 to 20 per class (imbalance 1.0 to 1)",
-                 "model cnn (auto: the choice for cpu)", "MathSymbolCNN, 2.66 million parameters", "black on white",
+                 "model cnn (auto: the choice for cpu)", "MathSymbolCNN, 2.63 million parameters", "black on white",
                  "90 rows to train on, 10 to validate on, 30 to predict", "epoch   8/8", "per class", "total time"):
         assert text in done.stdout, text
 

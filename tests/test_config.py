@@ -147,6 +147,19 @@ def test_small_tables_get_more_epochs():
     assert resolve_config(Config(model="resnet", num_epochs=1), Runtime(), 10).num_epochs == 1
 
 
+def test_a_time_limit_and_not_the_recipe_ends_a_training_that_names_no_epochs():
+    recipe = RECIPES["cnn"]["num_epochs"]
+    assert resolve_config(Config(max_minutes=20), Runtime(), 100_000).num_epochs == 4 * recipe
+    assert resolve_config(Config(max_minutes=20, num_epochs=3), Runtime(), 100_000).num_epochs == 3
+    assert resolve_config(Config(max_minutes=20), Runtime(), 500).num_epochs == 150  # 600 steps of 4 an epoch
+
+
+def test_only_small_tables_end_once_they_are_learnt():
+    assert resolve_config(Config(), Runtime(), 500).min_steps == 600
+    assert resolve_config(Config(), Runtime(), 100_000).min_steps == 0
+    assert resolve_config(Config(num_epochs=47), Runtime(), 500).min_steps == 0, "so many were asked for"
+
+
 def test_every_model_has_a_recipe():
     assert set(RECIPES) == {*script.MODELS, "torchvision"}
     assert len({frozenset(recipe) for recipe in RECIPES.values()}) == 1

@@ -35,19 +35,40 @@ def test_listed_gpu_that_does_not_compute_falls_back_to_the_cpu(monkeypatch, cap
     assert "warning: cuda is present but does not compute (" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("bf16", "amx", "expected"), [(True, False, "bf16"), (False, True, "bf16"),
-                                                       (False, False, "float32")])
-def test_cpu_precision_follows_what_the_cpu_reports(monkeypatch, bf16, amx, expected):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16, raising=False)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    assert start_runtime("cpu").precision == expected
-    assert start_runtime("cpu", "float32").precision == "float32"
+DOWNSAMPLING = """
+import sys
+import torch
+from torch import nn
+import script
+from pipeline import models
+from pipeline.device import Runtime
+
+class Own(nn.Sequential):
+    def __init__(self, num_classes, dropout):
+        super().__init__(nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 16, 1, stride=2), models.global_pool())
+        self.head = nn.Linear(16, num_classes)
+
+script.MODELS["cnn"] = Own
+config = script.Config(model="cnn", image_size=64, batch_size=8, learning_rate=0.1, num_epochs=1, dropout=0.0)
+model = Runtime().to_device(script.build_model(config, 3))
+trainer = script.Trainer(config, model, Runtime(), 8)
+for _ in range(3):
+    trainer.training_step(torch.rand(8, 1, 64, 64), torch.eye(3)[[0, 1, 2, 0, 1, 2, 0, 1]], 0.5)
+print(model[0].weight.is_contiguous())
+"""
 
 
-@pytest.mark.parametrize(("supported", "expected"), [(True, "bf16"), (False, "fp16")])
-def test_gpu_precision_follows_what_the_gpu_reports(monkeypatch, supported, expected):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: supported)
-    assert device.best_precision(torch.device("cuda")) == expected
+def test_a_layer_that_crashes_in_channels_last_is_trained_in_the_other_format():
+    """oneDNN's issue 6035: with channels last, this ends the process on AVX-512 (segmentation fault, double free)."""
+    done = subprocess.run([sys.executable, "-c", DOWNSAMPLING], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+@pytest.mark.parametrize(("layer", "kept"), [
+    (nn.Conv2d(15, 4, 1, stride=2), True), (nn.Conv2d(16, 4, 1, stride=2), False), (nn.Conv2d(8, 4, 1), False),
+    (nn.Conv2d(8, 4, 3, stride=2), False), (nn.Conv2d(8, 4, 1, stride=(1, 2)), True), (nn.Linear(8, 4), False)])
+def test_only_layers_that_crash_change_the_format(layer, kept):
+    assert device.crashes_channels_last(nn.Sequential(nn.ReLU(), layer)) == kept
 
 
 def test_fp16_on_a_cpu_is_refused():

@@ -58,7 +58,7 @@ def test_8_bit_integers_are_nearly_as_accurate(tmp_path, capsys):
     assert export.main([str(command.output / "best_model.pth"), "--output-dir", str(tmp_path / "onnx"), "--int8",
                         "--data-dir", str(command.data), "--cache-dir", str(command.cache)]) == 0
     _, exact, small = capsys.readouterr().out.strip().split("\n")[-3:]
-    assert exact.startswith("model.onnx: 10.7 MB") and small.startswith("model.int8.onnx: 2.")
+    assert exact.startswith("model.onnx: 10.6 MB") and small.startswith("model.int8.onnx: 2.")
     accuracies = [float(line.split("accuracy ")[1].split("%")[0]) for line in (exact, small)]
     assert accuracies[0] > 90 and abs(accuracies[0] - accuracies[1]) < 5
     assert export.main([str(command.output / "best_model.pth"), "--int8", "--vote"]) == 2

@@ -1,4 +1,4 @@
-"""pipeline/optim.py: steps, schedules, optimizers, batch-norm statistics, averaged weights and the training clock."""
+"""pipeline/optim.py: steps, schedules, optimizers, batch-norm statistics and averaged weights."""
 
 import math
 
@@ -15,7 +15,6 @@ from pipeline.optim import (
     BatchNormStatistics,
     Schedule,
     SkippedSteps,
-    TrainingClock,
     WeightAverage,
     accumulation_shares,
     epoch_batches,
@@ -72,30 +71,7 @@ def test_accumulation_shares_of_an_update_sum_to_one(steps, accumulation_steps, 
         first = last + 1
 
 
-# ---- The clock and the schedule -------------------------------------------------------------------------------------
-
-def test_clock_counts_steps_without_a_time_limit():
-    clock = TrainingClock(10)
-    assert clock.progress(4) == 0.4 and clock.progress(10) == clock.progress(12) == 1
-
-
-def test_clock_counts_time_where_it_runs_out_first():
-    clock = TrainingClock(1_000_000, seconds=1000)
-    clock.started -= 250
-    assert 0.25 <= clock.progress(4) < 1 and clock.progress(1_000_000) == 1
-    clock.started -= 750
-    assert clock.progress(4) == 1
-
-
-def test_seconds_of_an_earlier_process_do_not_shorten_the_time_available():
-    clock = TrainingClock(1_000_000, seconds=500)
-    clock.add_earlier(1500)
-    assert clock.elapsed >= 1500 and 0.75 <= clock.progress(0) < 1
-
-
-def test_a_clock_without_time_is_over():
-    assert TrainingClock(10, seconds=0).progress(0) == 1 and TrainingClock(10, seconds=-5).progress(0) == 1
-
+# ---- The schedule ----------------------------------------------------------------------------------------------------
 
 def test_cosine_warms_up_and_falls_to_nothing():
     schedule = make_schedule(warmup=0.2)
