@@ -129,7 +129,7 @@ class Config:
     batch_size: int | None = None       # images per step
     learning_rate: float | None = None  # peak of the schedule
     num_epochs: int | None = None       # passes over the training rows (auto with max_minutes: up to four times more)
-    min_steps: int = 600                # if num_epochs is auto: steps of small tables, or until they are learnt
+    min_steps: int = 600                # least steps if num_epochs is auto; fewer once training accuracy stops rising
     max_minutes: float = 0.0            # time limit of the whole run, if num_epochs does not end it first (0: none)
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"  # optimizer of torch
     momentum: float = 0.9               # Nesterov momentum of sgd
@@ -724,7 +724,7 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
         state.sums, state.seconds = totals.sums(), time.monotonic() - begun
 
     with tqdm(total=len(data.split.train_rows), initial=state.images, unit="img", unit_scale=True, leave=False,
-              disable=ranks.rank > 0 or None, desc=f"epoch {state.epoch}/{state.num_epochs}") as bar:
+              disable=ranks.rank > 0 or None, desc=f"epoch {state.epoch}/{clock.last_epoch}") as bar:
         for number in range(state.step, len(batches)):
             progress, due, signal_number = ranks.all_reduce_max(
                 clock.progress(trainer.step), manager.is_due(), stops.pending or 0)
@@ -763,12 +763,12 @@ def validate(model: nn.Module, data: CompetitionData) -> dict[str, float]:
     return score(predict(model, data.dataset, rows), data.dataset.targets[rows]) if len(rows) else {}
 
 
-def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, row: dict) -> None:
+def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, row: dict, last_epoch: int) -> None:
     """Print an epoch's metrics, save the network if it is the best, and write history.csv."""
     config, folder, writes = trainer.config, Path(trainer.config.output_dir), trainer.runtime.ranks.rank == 0
     skipped = float(trainer.skipped.counts[0])
     rate = state.images / state.seconds
-    print(metrics.describe_epoch(row, state.num_epochs, rate, skipped - state.skipped), flush=True)
+    print(metrics.describe_epoch(row, last_epoch, rate, skipped - state.skipped), flush=True)
     if config.schedule == "plateau":
         trainer.plateau.step(row["val_accuracy"])
     better = metrics.is_better(row, state.best, config.select_by)
@@ -788,24 +788,22 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit = NO_LIMIT, mana
     model_file in output_dir is the best epoch by `select_by`, or the last one without validation rows. The schedule is
     laid over the time that the limit leaves for training. A manager with a folder lets it be resumed.
     """
-    entered, runtime, rows = time.monotonic(), data.dataset.runtime, len(data.split.train_rows)
+    runtime, rows, val_rows = data.dataset.runtime, len(data.split.train_rows), len(data.split.val_rows)
     manager, stops, ranks = manager or CheckpointManager(), stops or StopSignals(), runtime.ranks
     steps = optim.steps_per_epoch(rows, config.batch_size)
+    clock = TrainingClock(config.num_epochs, steps, limit)
     if rows // steps < 2 * ranks.world_size > 2:
         raise UsageError(f"steps of {rows // steps} images are less than two for each of {ranks.world_size} ranks; "
                          "raise --batch-size, or start fewer ranks")
     model = start_model(config, data, fresh=not manager.found)
     trainer = Trainer(config, model, runtime, smallest_batch=min(config.batch_size, rows // steps))
-    spent = time.monotonic() - entered
-    clock = TrainingClock(config.num_epochs * steps, dataclasses.replace(limit, seconds=limit.seconds - spent))
     remedy = (f"with batches of {config.batch_size} images; try --batch-size {max(config.batch_size // 2, 2)}, with "
               f"--accumulation-steps {2 * config.accumulation_steps} for the same optimizer steps")
     with stops.hold():
         state = manager.begin(trainer.load_state_dict)
-        clock.earlier, clock.shortened = state.trained_seconds, state.shortened
-        state.num_epochs = state.num_epochs or config.num_epochs
+        clock.earlier, clock.settled = state.trained_seconds, state.settled
         try:
-            while not state.training_finished(config.early_stopping,
+            while not state.training_finished(clock.last_epoch, config.early_stopping,
                                               *ranks.all_reduce_max(clock.progress(trainer.step))):
                 with memory_remedy(remedy):
                     row = {"epoch": state.epoch, **train(trainer, data, state, clock, manager, stops)}
@@ -814,12 +812,13 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit = NO_LIMIT, mana
                 begun = time.monotonic()
                 with stops.hold(ranks.world_size > 1):  # the other ranks would wait for one that leaves
                     row |= validate(trainer.result, data)
-                clock.remeasure((time.monotonic() - begun) / max(len(data.split.val_rows), 1))
-                row["seconds"] = state.seconds + time.monotonic() - begun
-                finish_epoch(trainer, data, state, row)
-                if config.min_steps and (rest := clock.shorten(state.history, steps)):
-                    print(f"the training accuracy has stopped rising: {rest} more epochs")
-                    state.shortened, state.num_epochs = clock.shortened, state.epoch - 1 + rest
+                taken = time.monotonic() - begun
+                clock.seconds_per_answer = taken / val_rows if val_rows else limit.seconds_per_answer
+                row["seconds"] = state.seconds + taken
+                finish_epoch(trainer, data, state, row, clock.last_epoch)
+                if config.min_steps and clock.settle([earlier["train_accuracy"] for earlier in state.history]):
+                    print(f"the training accuracy has stopped rising: {clock.last_epoch - clock.settled} more epochs")
+                    state.settled = clock.settled
                 manager.save(snapshot(trainer, state, clock), min(SHORTEST_INTERVAL, 60 * config.checkpoint_minutes))
             signal_number, = ranks.all_reduce_max(stops.pending or 0)  # one that came while the last epoch was saved
             if signal_number:
@@ -827,7 +826,7 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit = NO_LIMIT, mana
         except Stopped as stop:
             manager.save(snapshot(trainer, state, clock))
             raise Stopped(stop.number, manager.describe_saved(config.fold)) from None
-    if state.early_stopping_triggered(config.early_stopping) and state.epoch <= state.num_epochs:
+    if state.early_stopping_triggered(config.early_stopping) and state.epoch <= clock.last_epoch:
         print(f"stopped early: {config.early_stopping} epochs without a better validation {config.select_by}")
     return pd.DataFrame(state.history, columns=metrics.HISTORY_COLUMNS)
 
@@ -1058,11 +1057,12 @@ def run_folds(config: Config, data: CompetitionData, stops: StopSignals, started
 
 def run(config: Config, started: float, stops: StopSignals) -> None:
     """Train, predict and write the submission, or resume where an earlier process was stopped."""
-    every = [config, *(fold_config(config, fold) for fold in range(config.folds))]
-    for own in every:
+    every = [fold_config(config, fold) for fold in range(config.folds)]
+    for own in (config, *every):
         files.check_not_overwritten(Path(own.output_dir), own.written_files, own.inputs)
     files.make_output_folder(Path(config.output_dir), [config.model_file, config.submission_file])
-    stored = stored_precision([Path(own.output_dir) for own in every]) if config.resume else ""
+    folders = [Path(own.output_dir) for own in (config, *every)]
+    stored = stored_precision(folders[0], folders[1:]) if config.resume else ""
     runtime = start_runtime(config.device, config.precision, config.eval_batch_size, stored)
     print(f"device {runtime.describe()}")
     device.check_several_gpus(runtime, config.compile)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pipeline.errors import UsageError
 
 MARGIN = 1.1          # of the time that the answers after the training are expected to take
-SETTLED_STEPS = 25    # least number of steps between which training accuracies are compared
-SETTLED_GAIN = 0.01   # rise of the training accuracy, as a share, below which a training has settled
-REST = 0.5            # steps that a settled training still takes, as a share of those before
+SETTLED_STEPS = 25    # least number of steps whose training accuracy is compared with that of the steps before
+SETTLED_GAIN = 0.01   # rise of it below which a training has settled
+REST = 0.5            # epochs that a settled training still takes, as a share of those before
 
 
 @dataclass(frozen=True)
@@ -49,43 +49,41 @@ def time_limit(max_minutes: float, used: float, fixed: float, answers: float, se
 class TrainingClock:
     """The progress of training from 0 to 1, by steps or by time, whichever ends first."""
 
-    def __init__(self, steps: int, limit: TimeLimit = NO_LIMIT):
-        self.steps, self.limit, self.started = steps, limit, time.monotonic()
-        self.earlier = 0.0    # seconds of training by earlier processes, which are not part of the limit
-        self.shortened = None  # of a settled training: the step and the progress at which it did, and the steps since
-        self.seconds = 0.0
-        self.remeasure(limit.seconds_per_answer)
-
-    def remeasure(self, seconds_per_answer: float) -> None:
-        """Leave as much time for the answers as they take if one takes so long."""
-        self.seconds = max(self.limit.for_training(seconds_per_answer), 1e-9)
+    def __init__(self, epochs: int, steps_per_epoch: int, limit: TimeLimit = NO_LIMIT):
+        self.epochs, self.steps_per_epoch, self.limit, self.started = epochs, steps_per_epoch, limit, time.monotonic()
+        self.seconds_per_answer = limit.seconds_per_answer  # as measured last
+        self.earlier = 0.0  # seconds of training by earlier processes, which are not part of the limit
+        self.settled = 0    # the epoch in which the training settled, 0 before
 
     @property
     def elapsed(self) -> float:
         """Seconds of training so far."""
         return time.monotonic() - self.started + self.earlier
 
+    @property
+    def last_epoch(self) -> int:
+        """The epoch with which the steps end."""
+        return self.settled + math.ceil(REST * self.settled) if self.settled else self.epochs
+
     def progress(self, step: int) -> float:
         """Return the share of the training that is done before this step."""
-        done = step / self.steps
-        if self.shortened:
-            begun, done, rest = self.shortened
-            done += (1 - done) * (step - begun) / rest
-        return min(1.0, max(done, self.elapsed / (self.seconds + self.earlier)))
+        done = step / (self.epochs * self.steps_per_epoch)
+        if self.settled:
+            settled_at = self.settled / self.epochs
+            since = (step / self.steps_per_epoch - self.settled) / (self.last_epoch - self.settled)
+            done = settled_at + (1 - settled_at) * since
+        seconds = max(self.limit.for_training(self.seconds_per_answer), 1e-9)
+        return min(1.0, max(done, self.elapsed / (seconds + self.earlier)))
 
-    def shorten(self, history: list[dict], steps_per_epoch: int) -> int:
-        """Let a training that has settled end soon. Return the epochs that are left for it, 0 if nothing changes.
+    def settle(self, accuracies: list[float]) -> bool:
+        """Let a training end soon if the training accuracies of its epochs have stopped rising. Return whether it will.
 
-        It has settled once the training accuracy of the last epochs is hardly higher than that of those before them.
+        The last epochs are compared with as many before them. A training is never made longer.
         """
-        window, done = math.ceil(SETTLED_STEPS / steps_per_epoch), len(history)
-        if self.shortened or done < 2 * window:
-            return 0
-        accuracies = [row["train_accuracy"] for row in history[-2 * window :]]
-        rest = math.ceil(REST * done)
-        if sum(accuracies[window:]) - sum(accuracies[:window]) >= SETTLED_GAIN * window or (
-                done + rest) * steps_per_epoch >= self.steps:
-            return 0
-        step = done * steps_per_epoch
-        self.shortened = [step, step / self.steps, rest * steps_per_epoch]
-        return rest
+        window, epochs = math.ceil(SETTLED_STEPS / self.steps_per_epoch), len(accuracies)
+        gain = sum(accuracies[-window:]) - sum(accuracies[-2 * window : -window])
+        if self.settled or epochs < 2 * window or gain >= SETTLED_GAIN * window or (
+                epochs + math.ceil(REST * epochs) >= self.epochs):
+            return False
+        self.settled = epochs
+        return True

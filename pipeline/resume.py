@@ -31,16 +31,15 @@ class TrainingState:
     skipped: float = 0.0           # steps skipped before this epoch
     history: list[dict] = field(default_factory=list)  # figures of the epochs before
     best: dict | None = None       # the best of them
-    num_epochs: int = 0            # of the whole training; fewer than planned once it has settled
-    shortened: list[float] | None = None  # of the clock of a training that has settled
+    settled: int = 0               # the epoch in which the training settled, 0 before (pipeline.clock)
 
     def early_stopping_triggered(self, patience: int) -> bool:
         """Return whether the last `patience` epochs brought no improvement. A patience of 0 never triggers."""
         return bool(patience and self.history and self.history[-1]["epoch"] - self.best["epoch"] >= patience)
 
-    def training_finished(self, patience: int, progress: float) -> bool:
+    def training_finished(self, last_epoch: int, patience: int, progress: float) -> bool:
         """Return whether no epoch follows: all are done, time is up, or early stopping is triggered."""
-        over = self.epoch > self.num_epochs or (progress >= 1 and not self.step)
+        over = self.epoch > last_epoch or (progress >= 1 and not self.step)
         return bool(self.history) and (over or self.early_stopping_triggered(patience))
 
     def finish_epoch(self, row: dict, better: bool, skipped: float) -> None:
@@ -148,15 +147,12 @@ class CheckpointManager:
             path.unlink(missing_ok=True)
 
 
-def stored_precision(folders: list[Path]) -> str:
-    """Return the precision of the first unfinished run in some folders, or finished fold in the second and later.
-
-    "" if there is none.
-    """
-    for path in (folder / name for folder in folders for name in LAST_FILES[:2]):
+def stored_precision(folder: Path, folds: list[Path]) -> str:
+    """Return the precision of the unfinished run in a folder, or of the first fold that was begun; "" if none was."""
+    for path in (place / name for place in [folder, *folds] for name in LAST_FILES[:2]):
         with contextlib.suppress(Exception):  # what is wrong with a file is said when it is resumed
             return load_tensors(path)["fingerprint"]["settings"]["precision"]
-    for folder in folders[1:]:
+    for folder in folds:
         with contextlib.suppress(Exception):
             return json.loads((folder / "run.json").read_text())["config"]["precision"]
     return ""

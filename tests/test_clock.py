@@ -9,12 +9,12 @@ from pipeline.errors import UsageError
 
 
 def test_a_clock_counts_steps_without_a_time_limit():
-    clock = TrainingClock(10)
+    clock = TrainingClock(2, 5)
     assert clock.progress(4) == 0.4 and clock.progress(10) == clock.progress(12) == 1
 
 
 def test_a_clock_counts_time_where_it_runs_out_first():
-    clock = TrainingClock(1_000_000, TimeLimit(1000))
+    clock = TrainingClock(1000, 1000, TimeLimit(1000))
     clock.started -= 250
     assert 0.25 <= clock.progress(4) < 1 and clock.progress(1_000_000) == 1
     clock.started -= 750
@@ -22,7 +22,7 @@ def test_a_clock_counts_time_where_it_runs_out_first():
 
 
 def test_seconds_of_an_earlier_process_do_not_shorten_the_time_available():
-    clock = TrainingClock(1_000_000, TimeLimit(500))
+    clock = TrainingClock(1000, 1000, TimeLimit(500))
     clock.earlier = 1500
     assert clock.elapsed >= 1500 and 0.75 <= clock.progress(0) < 1
     clock.started -= 500
@@ -30,15 +30,16 @@ def test_seconds_of_an_earlier_process_do_not_shorten_the_time_available():
 
 
 def test_a_clock_without_time_is_over():
-    assert TrainingClock(10, TimeLimit(0)).progress(0) == 1 and TrainingClock(10, TimeLimit(-5)).progress(0) == 1
+    assert TrainingClock(1, 9, TimeLimit(0)).progress(0) == 1 and TrainingClock(1, 9, TimeLimit(-5)).progress(0) == 1
 
 
 def test_a_clock_leaves_as_much_time_for_the_answers_as_they_were_last_seen_to_take():
-    clock = TrainingClock(1_000_000, TimeLimit(1000, answers=100, seconds_per_answer=1))
-    assert clock.seconds == pytest.approx(1000 - 100 * MARGIN)
-    clock.remeasure(5)
-    assert clock.seconds == pytest.approx(1000 - 500 * MARGIN)
-    clock.remeasure(50)  # the machine has become so slow that no time is left for training
+    clock = TrainingClock(1000, 1000, TimeLimit(1000, answers=100, seconds_per_answer=1))
+    clock.started -= 100
+    assert clock.progress(0) == pytest.approx(100 / (1000 - 100 * MARGIN), rel=1e-3)
+    clock.seconds_per_answer = 5
+    assert clock.progress(0) == pytest.approx(100 / (1000 - 500 * MARGIN), rel=1e-3)
+    clock.seconds_per_answer = 50  # the machine has become so slow that no time is left for training
     assert clock.progress(0) == 1
 
 
@@ -52,30 +53,30 @@ def test_a_limit_is_what_is_not_used_or_fixed():
 
 
 def test_a_limit_of_no_time_is_none():
-    assert TimeLimit().for_training(3) == math.inf and TrainingClock(8).seconds == math.inf
+    assert TimeLimit().for_training(3) == math.inf and TrainingClock(1, 8).progress(0) == 0
 
 
-def settled(accuracies: list[float], steps_per_epoch: int, steps: int = 600) -> tuple[int, TrainingClock]:
-    clock = TrainingClock(steps)
-    return clock.shorten([{"train_accuracy": accuracy} for accuracy in accuracies], steps_per_epoch), clock
+def settled(accuracies: list[float], steps_per_epoch: int, epochs: int) -> tuple[bool, TrainingClock]:
+    clock = TrainingClock(epochs, steps_per_epoch)
+    return clock.settle(accuracies), clock
 
 
 def test_a_training_that_gains_goes_on():
     rising = [0.1, 0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.83, 0.86, 0.89]
-    assert [settled(rising[:epochs], 13)[0] for epochs in range(11)] == [0] * 11
+    assert not any(settled(rising[:epochs], 13, 47)[0] for epochs in range(11))
 
 
 def test_a_settled_training_ends_half_as_many_epochs_later():
     """Epochs of 13 steps are compared by twos, those of 100 steps one by one, those of 2 by thirteens."""
-    rest, clock = settled([0.1, 0.5, 0.8, 0.9, 0.95, 0.955, 0.955, 0.955], 13)
-    assert rest == 4 and clock.shortened == [104, 104 / 600, 52]
-    assert clock.progress(104) == pytest.approx(104 / 600) and clock.progress(156) == 1
-    assert clock.progress(130) == pytest.approx((1 + 104 / 600) / 2)
-    assert settled([0.5, 0.505], 100)[0] == 1 and settled([0.5, 0.52], 100)[0] == 0
-    assert settled([0.5] * 25, 2)[0] == 0 and settled([0.5] * 26, 2)[0] == 13
+    ends, clock = settled([0.1, 0.5, 0.8, 0.9, 0.95, 0.955, 0.955, 0.955], 13, 40)
+    assert ends and (clock.settled, clock.last_epoch) == (8, 12)
+    assert clock.progress(104) == pytest.approx(8 / 40) and clock.progress(156) == 1
+    assert clock.progress(130) == pytest.approx((1 + 8 / 40) / 2)
+    assert settled([0.5, 0.505], 100, 9)[0] and not settled([0.5, 0.52], 100, 9)[0]
+    assert not settled([0.5] * 25, 2, 300)[0] and settled([0.5] * 26, 2, 300)[0]
 
 
 def test_a_training_is_not_made_longer_and_settles_once():
-    assert settled([0.9] * 8, 50, steps=600)[0] == 0  # 12 epochs in all
-    rest, clock = settled([0.9] * 4, 50)
-    assert rest == 2 and clock.shorten([{"train_accuracy": 0.9}] * 5, 50) == 0
+    assert not settled([0.9] * 8, 50, 12)[0] and settled([0.9] * 8, 50, 13)[0]
+    ends, clock = settled([0.9] * 4, 50, 12)
+    assert ends and not clock.settle([0.9] * 5) and clock.last_epoch == 6

@@ -36,7 +36,6 @@ def test_listed_gpu_that_does_not_compute_falls_back_to_the_cpu(monkeypatch, cap
 
 
 DOWNSAMPLING = """
-import sys
 import torch
 from torch import nn
 import script

@@ -240,7 +240,7 @@ def test_train_returns_the_means_of_its_steps(tmp_path):
     """At a rate of nearly 0 they are those of the network that it began with."""
     config = into(tmp_path, learning_rate=1e-9, ema_decay=0.0, augment=False, label_smoothing=0.0, model="mlp")
     data, model = make_data(config), script.build_model(config, 4)
-    figures = script.train(Trainer(config, model, CPU, 8), data, TrainingState(), TrainingClock(12),
+    figures = script.train(Trainer(config, model, CPU, 8), data, TrainingState(), TrainingClock(3, 4),
                            CheckpointManager(), StopSignals())
     expected = script.validate(model, dataclasses.replace(data, split=Split(np.arange(0), data.split.train_rows)))
     assert figures["train_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
@@ -253,7 +253,7 @@ class StepClock(TrainingClock):
     """A training that is over after so many batches."""
 
     def __init__(self, batches: int):
-        super().__init__(batches)
+        super().__init__(1, batches)
         self.batches = batches
 
     def progress(self, step: int) -> float:
@@ -312,6 +312,17 @@ def test_the_nearest_neighbour_vote_is_part_of_what_prediction_takes():
     many = dataclasses.replace(data, split=Split(np.zeros(100_000, dtype=np.int64), data.split.val_rows))
     without = dataclasses.replace(config, knn_neighbors=0)
     assert seconds_left(config, many) < seconds_left(without, many) - 1
+
+
+def test_without_validation_rows_the_answers_keep_their_time(tmp_path, monkeypatch):
+    """There is nothing to measure them by, and an empty validation takes no time."""
+    clocks = []
+    monkeypatch.setattr(script, "TrainingClock", lambda *given: clocks.append(TrainingClock(*given)) or clocks[-1])
+    limit = TimeLimit(1000, answers=10, seconds_per_answer=7.0)
+    script.fit(into(tmp_path, train_val_split=1.0), make_data(dataclasses.replace(SMALL, train_val_split=1.0)), limit)
+    assert clocks[0].seconds_per_answer == 7
+    script.fit(into(tmp_path), make_data(), limit)
+    assert 0 < clocks[1].seconds_per_answer < 7
 
 
 def test_a_settled_training_ends_early_and_says_so(tmp_path, capsys):

@@ -81,8 +81,8 @@ def test_a_run_stopped_and_resumed_is_the_run_that_was_never_stopped(competition
     run(competitions["images"], tmp_path / "whole", flags)
     finish = script.finish_epoch
 
-    def stop_after_one(trainer, data, state, row):
-        finish(trainer, data, state, row)
+    def stop_after_one(*arguments):
+        finish(*arguments)
         raise script.Stopped(15)
 
     with monkeypatch.context() as patches:
