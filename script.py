@@ -270,12 +270,11 @@ def resolve_config(config: Config, runtime: Runtime, training_rows: int) -> Conf
     chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]) / config.accumulation_steps)
     small = "num_epochs" in chosen and recipe["num_epochs"] * steps < config.min_steps
-    chosen["min_steps"] = config.min_steps * small  # 0: the training accuracy ends nothing
     if "num_epochs" in chosen:
         least = recipe["num_epochs"] * (4 if config.max_minutes else 1)  # the time ends it
         chosen["num_epochs"] = max(least, math.ceil(config.min_steps / steps))
     return dataclasses.replace(config, model=model, precision=runtime.precision,
-                               eval_batch_size=runtime.eval_batch_size, **chosen)
+                               eval_batch_size=runtime.eval_batch_size, min_steps=config.min_steps * small, **chosen)
 
 
 # ---- The dataset and its augmentation -------------------------------------------------------------------------------
@@ -757,10 +756,13 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
     return {"train_loss": mean_loss, "train_accuracy": accuracy, "learning_rate": trainer.learning_rate}
 
 
-def validate(model: nn.Module, data: CompetitionData) -> dict[str, float]:
-    """Return the metrics of the validation rows; empty if there are none."""
-    rows = data.split.val_rows
-    return score(predict(model, data.dataset, rows), data.dataset.targets[rows]) if len(rows) else {}
+def validate(model: nn.Module, data: CompetitionData, clock: TrainingClock | None = None) -> dict[str, float]:
+    """Return the metrics of the validation rows; empty if there are none. The clock learns how long an answer takes."""
+    rows, begun = data.split.val_rows, time.monotonic()
+    probabilities = predict(model, data.dataset, rows)
+    if clock and len(rows):
+        clock.seconds_per_answer = (time.monotonic() - begun) / len(rows)
+    return score(probabilities, data.dataset.targets[rows]) if len(rows) else {}
 
 
 def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, row: dict, last_epoch: int) -> None:
@@ -788,7 +790,7 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit = NO_LIMIT, mana
     model_file in output_dir is the best epoch by `select_by`, or the last one without validation rows. The schedule is
     laid over the time that the limit leaves for training. A manager with a folder lets it be resumed.
     """
-    runtime, rows, val_rows = data.dataset.runtime, len(data.split.train_rows), len(data.split.val_rows)
+    runtime, rows = data.dataset.runtime, len(data.split.train_rows)
     manager, stops, ranks = manager or CheckpointManager(), stops or StopSignals(), runtime.ranks
     steps = optim.steps_per_epoch(rows, config.batch_size)
     clock = TrainingClock(config.num_epochs, steps, limit)
@@ -811,10 +813,8 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit = NO_LIMIT, mana
                     break
                 begun = time.monotonic()
                 with stops.hold(ranks.world_size > 1):  # the other ranks would wait for one that leaves
-                    row |= validate(trainer.result, data)
-                taken = time.monotonic() - begun
-                clock.seconds_per_answer = taken / val_rows if val_rows else limit.seconds_per_answer
-                row["seconds"] = state.seconds + taken
+                    row |= validate(trainer.result, data, clock)
+                row["seconds"] = state.seconds + time.monotonic() - begun
                 finish_epoch(trainer, data, state, row, clock.last_epoch)
                 if config.min_steps and clock.settle([earlier["train_accuracy"] for earlier in state.history]):
                     print(f"the training accuracy has stopped rising: {clock.last_epoch - clock.settled} more epochs")
@@ -916,7 +916,7 @@ def measure_limit(config: Config, data: CompetitionData, started: float, manager
         answer = seconds_per_image(KNNClassifier(model, config.knn_neighbors, 0.0, empty_knn_index(model, len(rows))))
     test_rows = len(data.test or ()) * (2 if config.folds else 1)  # of folds alone, and averaged
     answers = val_rows + len(rows) * (config.knn_neighbors > 0) + answer / alone * (val_rows + test_rows)
-    fixed = 5 + 5 * config.pictures  # seconds to import, write, exit and draw
+    fixed = 4 + 4 * config.pictures  # seconds to import, write, exit and draw
     used, alone = runtime.ranks.all_reduce_max(time.monotonic() - started, alone)
     return time_limit(config.max_minutes, used, fixed, answers, alone, bool(config.folds), not manager.found)
 
@@ -1061,8 +1061,7 @@ def run(config: Config, started: float, stops: StopSignals) -> None:
     for own in (config, *every):
         files.check_not_overwritten(Path(own.output_dir), own.written_files, own.inputs)
     files.make_output_folder(Path(config.output_dir), [config.model_file, config.submission_file])
-    folders = [Path(own.output_dir) for own in (config, *every)]
-    stored = stored_precision(folders[0], folders[1:]) if config.resume else ""
+    stored = stored_precision(Path(config.output_dir), [Path(own.output_dir) for own in every]) if config.resume else ""
     runtime = start_runtime(config.device, config.precision, config.eval_batch_size, stored)
     print(f"device {runtime.describe()}")
     device.check_several_gpus(runtime, config.compile)
