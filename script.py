@@ -1,4 +1,9 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.11", "torchvision>=0.26", "numpy>=1.26", "pandas>=2.2", "scikit-learn>=1.4", "scipy>=1.11",
+#                 "pillow>=10.3", "matplotlib>=3.8", "tqdm>=4.66"]
+# ///
 """Train a classifier of small grey images from a competition folder and write its submission.
 
     python script.py                                         train, validate, predict, write the submission
@@ -62,7 +67,7 @@ from pipeline.models import AveragePool, DigitCNN, DigitMLP, ResidualBlock, Sque
 from pipeline.optim import BatchNormStatistics, Schedule, SkippedSteps, WeightAverage
 from pipeline.outputs import EVALUATION_FILES, RESERVED_FILES, TEST_PROBABILITIES, TRAINING_FILES, VALIDATION_FILES
 from pipeline.pixel_tables import PIXEL
-from pipeline.presets import LIMITS, PRESETS
+from pipeline.presets import LIMITS, MOST_USED, PRESETS, RECIPES
 from pipeline.resume import CheckpointManager, TrainingState, compare_fingerprints, stored_precision
 from pipeline.shift import expected_accuracy, mean_over_folds, report_expected
 from pipeline.signals import Stopped, StopSignals, exit_status
@@ -72,18 +77,6 @@ from pipeline.submission import submission_form
 from pipeline.transforms import BatchRandom, WarpRanges, change_ink, erase, resize, soften_edges, warp
 
 # ---- Config: every number that a user tunes -------------------------------------------------------------------------
-
-# The values of "auto" by model. Those of cnn were chosen on validation rows, batches and epochs of resnet on a part of
-# the data (benchmarks/RESULTS.md); the others are untuned.
-RECIPES = {
-    "resnet": {"image_size": 48, "batch_size": 512, "learning_rate": 4e-3, "num_epochs": 20, "dropout": 0.2},
-    "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.1},
-    "digit-cnn": {"image_size": 28, "batch_size": 128, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.25},
-    "mlp": {"image_size": 28, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.0},
-    "tiny": {"image_size": 28, "batch_size": 128, "learning_rate": 1e-2, "num_epochs": 20, "dropout": 0.0},
-    "torchvision": {"image_size": 64, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.2},
-}
-
 
 @dataclass(frozen=True)
 class Config:
@@ -121,6 +114,7 @@ class Config:
     freeze_epochs: int = 0              # epochs in which only the last layer is trained
     normalize: Literal["none", "standard", "min-max"] = "none"  # by mean and deviation of all pixels, or each's range
     image_size: int | None = None       # side of the network's input in pixels
+    initial_size: float | None = None   # share of it that training starts with; the last 40 % have all of it
     dropout: float | None = None        # dropout before the last layer (less in the stages of cnn)
     knn_neighbors: int = 30             # training images in the nearest-neighbour vote beside the network (0: no vote)
     knn_weight: float = 0.2             # weight of that vote; the network has the rest
@@ -156,6 +150,7 @@ class Config:
 
     # Augmentation: each image draws uniformly from its own range
     augment: bool = True                # augment the training images
+    plain_epochs: float | None = None   # epochs at the end of training whose images are not augmented
     rotation: float = 10.0              # degrees to either side
     scale: float = 0.03                 # share by which an image grows or shrinks
     shear: float = 0.2                  # horizontal shear, before the stretch
@@ -196,6 +191,8 @@ class Config:
              f"group_column must be a column of its own, not {self.group_column!r}"),
             (self.pixel_shape and not sources.parse_shape(self.pixel_shape),
              f"pixel_shape must be HEIGHTxWIDTH, such as 16x64, not {self.pixel_shape!r}"),
+            ((self.initial_size or 1) < 1 and (self.normalize == "min-max" or re.match("mlp|torchvision", self.model)),
+             "initial_size must be 1, or auto, for mlp, torchvision's networks and normalize min-max"),
             (not sources.is_label_pattern(self.label_pattern),
              f"label_pattern must be a regular expression with a group in (), not {self.label_pattern!r}"),
         ):
@@ -266,7 +263,7 @@ def resolve_config(config: Config, runtime: Runtime, training_rows: int) -> Conf
     model = config.model
     if model == "auto":
         model = "cnn" if runtime.device.type == "cpu" else "resnet"
-    recipe = RECIPES[model.split(":")[0]]
+    recipe = RECIPES[model.split(":")[0]] | ({"initial_size": 1.0} if config.normalize == "min-max" else {})
     chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]) / config.accumulation_steps)
     small = "num_epochs" in chosen and recipe["num_epochs"] * steps < config.min_steps
@@ -471,7 +468,7 @@ def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, view: 
     size = 128 if view else runtime.eval_batch_size  # the draws of a view do not depend on the batch size
     parts, own = [], ranks.shard(np.arange(len(rows)))
     remedy = f"while predicting {size} images at a time; try --eval-batch-size {max(size // 2, 1)}"
-    for first in range(0, len(own), size):
+    for first in tqdm(range(0, len(own), size), "predicting", leave=False, delay=3, disable=ranks.rank > 0 or None):
         places = own[first : first + size]
         seed = optim.step_seed(config.seed, view, int(places[0])) if view else None
         with runtime.autocast(), memory_remedy(remedy):
@@ -711,10 +708,12 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
     Raises DataError if training has diverged, and Stopped after the step in which a signal came.
     """
     config, ranks, begun = trainer.config, trainer.runtime.ranks, time.monotonic() - state.seconds
-    batches = optim.epoch_batches(data.split.train_rows, config.batch_size, config.seed, state.epoch)
+    batches = optim.epoch_batches(data.split.train_rows, data.dataset.targets, config.batch_size, config.seed,
+                                  state.epoch)
     shares = optim.accumulation_shares([len(rows) for rows in batches], config.accumulation_steps)
     totals, update = MetricAccumulator(state.sums, ranks, trainer.runtime.device), True
     trainer.model.train()
+    models.set_dropout(trainer.model, state.epoch)
     if config.freeze_epochs:
         models.freeze_body(trainer.model, state.epoch <= config.freeze_epochs)
 
@@ -723,7 +722,8 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
         state.sums, state.seconds = totals.sums(), time.monotonic() - begun
 
     with tqdm(total=len(data.split.train_rows), initial=state.images, unit="img", unit_scale=True, leave=False,
-              disable=ranks.rank > 0 or None, desc=f"epoch {state.epoch}/{clock.last_epoch}") as bar:
+              disable=ranks.rank > 0 or None, desc=f"epoch {state.epoch}/{clock.last_epoch}",
+              bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}") as bar:
         for number in range(state.step, len(batches)):
             progress, due, signal_number = ranks.all_reduce_max(
                 clock.progress(trainer.step), manager.is_due(), stops.pending or 0)
@@ -737,7 +737,12 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
             (share, update), rows = shares[number], ranks.shard(batches[number])
             seed = optim.step_seed(config.seed, state.epoch, trainer.step, ranks.rank)
             torch.manual_seed(seed ^ 1)  # for dropout, which uses the global generator
-            inputs, classes, weights = data.dataset.batch(rows, seed)
+            size = optim.training_size(config.image_size, config.initial_size, progress)
+            plain = clock.epochs_left(progress, trainer.step) < config.plain_epochs
+            dataset = data.dataset
+            if size != config.image_size:
+                dataset = dataset.for_network(dataclasses.replace(config, image_size=size))
+            inputs, classes, weights = dataset.batch(rows, None if plain else seed)
             targets = F.one_hot(classes, len(data.classes)).float()
             if weights is not None:
                 targets = targets * weights[:, None]
@@ -748,7 +753,8 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
             state.step, state.images = number + 1, state.images + len(batches[number])
             if bar.update(len(batches[number])):  # true if the bar was redrawn, at most ten times a second
                 loss, accuracy = metrics.means(totals.own.tolist())
-                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}, lr {trainer.learning_rate:.1e}", False)
+                left = tqdm.format_interval(clock.seconds_left(progress))
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {accuracy:.1%}, {left} to the end", False)
             if update and trainer.updates % STEPS_PER_CHECK == 0:
                 trainer.skipped.check(state.best)
     synchronize()
@@ -901,9 +907,9 @@ def run_fingerprint(config: Config, data: CompetitionData) -> dict:
 
 def measure_limit(config: Config, data: CompetitionData, started: float, manager: CheckpointManager) -> TimeLimit:
     """Return the time that max_minutes leaves for training and answers, whose pace is measured."""
-    if not config.max_minutes:
-        return NO_LIMIT
     runtime, rows, val_rows = data.dataset.runtime, data.split.train_rows, len(data.split.val_rows)
+    if not config.max_minutes:
+        return TimeLimit(answers=2 * val_rows + len(data.test or ()) + len(rows) * (config.knn_neighbors > 0))
 
     def seconds_per_image(model: nn.Module) -> float:
         model, sample = runtime.to_device(model), rows[: 4 * runtime.eval_batch_size]
@@ -988,9 +994,9 @@ def run_one(config: Config, data: CompetitionData, stops: StopSignals, started: 
                                      own["data"])  # last, since it marks a finished fold
             manager.discard()
             written = [config.model_file, *[config.submission_file] * bool(data.test), "history.csv", "run.json"]
+            report_expected(figures)
             print(outputs.describe_result(best.metrics, history, config.knn_neighbors > 0),
                   outputs.describe_files(written, config.pictures, folder), outputs.describe_time(started), sep="\n")
-            report_expected(figures)
     return time.monotonic() - started
 
 
@@ -1090,12 +1096,6 @@ def open_members(config: Config, names: list[str], saved: bool = True) -> list[E
     return members
 
 
-def runtime_for(members: list[EnsembleMember], config: Config) -> Runtime:
-    """Start a runtime in the precision that the first network was trained in, or the fastest that the device has."""
-    trained_in = next((member.config.precision for member in members if member.config), "")
-    return start_runtime(config.device, config.precision, config.eval_batch_size, trained_in)
-
-
 def average_members(members: list[EnsembleMember], table: Table, config: Config,
                     runtime: Runtime) -> tuple[np.ndarray, Callable[[ImageStatistics], np.ndarray]]:
     """Return the members' mean probabilities [rows, classes], one in memory at a time, and the loader of images."""
@@ -1127,7 +1127,7 @@ def predict_command(config: Config, names: list[str], started: float) -> None:
     submission_form(table, members[0].classes)
     if not any(member.config for member in members):
         table.faults.clear()  # saved probabilities need no images
-    runtime = runtime_for(members, config)
+    runtime = ensemble.runtime_for(members, config.device, config.precision, config.eval_batch_size)
     probabilities, _ = average_members(members, table, config, runtime)
     if runtime.ranks.rank:
         return
@@ -1149,7 +1149,7 @@ def evaluate_command(config: Config, names: list[str], started: float) -> None:
     classes = members[0].classes
     files.check_not_overwritten(folder, EVALUATION_FILES, table.images_named(EVALUATION_FILES))
     targets = tables.known_class_numbers(table, classes)
-    runtime = runtime_for(members, config)
+    runtime = ensemble.runtime_for(members, config.device, config.precision, config.eval_batch_size)
     probabilities, images_for = average_members(members, table, config, runtime)
     if runtime.ranks.rank:
         return
@@ -1175,7 +1175,7 @@ COMMANDS = {
 
 def parse_command_line(argv: list[str] | None) -> tuple[str, list[str], Config]:
     """Return command, files and Config of a command line. Exits with status 2 and one line if it is wrong."""
-    command, names, settings = parse(argv, Config, PRESETS, COMMANDS, why_unused)
+    command, names, settings = parse(argv, Config, PRESETS, COMMANDS, why_unused, MOST_USED)
     if settings.get("test_csv") == Config.test_csv:  # it was named, so torchvision's test part is not meant
         settings["test_csv"] = os.path.join(".", Config.test_csv)
     return command, names, Config(**settings)

@@ -51,7 +51,7 @@ def measure(config: script.Config, size: int, steps: int) -> str:
                                   table.path)
     model = runtime.to_device(script.build_model(config, len(dataset.classes)))
     trainer = script.Trainer(config, model, runtime, config.batch_size)
-    batches = optim.epoch_batches(split.train_rows, config.batch_size, config.seed, 1)
+    batches = optim.epoch_batches(split.train_rows, dataset.targets, config.batch_size, config.seed, 1)
     ready, seconds = time.perf_counter() - started, []
     trainer.model.train()
     for step in range(steps):

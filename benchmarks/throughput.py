@@ -88,7 +88,7 @@ class Ours:
 
     def __init__(self, config: script.Config, data: script.CompetitionData):
         self.data, self.step = data, 0
-        batches = epoch_batches(data.split.train_rows, config.batch_size, config.seed, 1)
+        batches = epoch_batches(data.split.train_rows, data.dataset.targets, config.batch_size, config.seed, 1)
         # Batches of another size are tuned and compiled again.
         self.batches = [rows for rows in batches if len(rows) == len(batches[0])]
         model = script.start_model(config, data)

@@ -17,7 +17,7 @@ import time
 
 from tools.common import SCRIPT, make_parser
 
-EPOCH = re.compile(r"^epoch .* val loss .*? accuracy +([0-9.]+)%.* ([0-9.]+) s  ")
+EPOCH = re.compile(r"^epoch .* val [0-9.]+ +([0-9.]+)%  ([0-9.]+) s  ")
 
 
 def watch(command: list[str]) -> tuple[list[tuple[float, float, float]], float, int]:

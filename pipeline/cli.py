@@ -8,6 +8,7 @@ import functools
 import inspect
 import math
 import re
+import shutil
 import sys
 import typing
 from collections.abc import Callable, Iterable
@@ -60,24 +61,44 @@ def field_comments(config_class: type) -> dict[str, str]:
     return {}
 
 
-def make_parser(config_class: type, presets: dict[str, dict], commands: dict[str, str]) -> argparse.ArgumentParser:
-    """Return a parser for commands, files, --preset and one flag per field, which has its comment as help."""
+def field_headings(config_class: type) -> dict[str, str]:
+    """Return the comment line that each field stands below; none in a notebook cell."""
+    headings, heading = {}, ""
+    with contextlib.suppress(OSError, TypeError):
+        for found in re.finditer(r"^    (?:# ([^:\n]+)|(\w+): )", inspect.getsource(config_class), re.MULTILINE):
+            heading = (found[1] or heading).lower()
+            headings[found[2]] = heading
+    return headings
+
+
+def make_parser(config_class: type, presets: dict[str, dict], commands: dict[str, str],
+                most_used: Iterable[str] = ()) -> argparse.ArgumentParser:
+    """Return a parser for commands, files, --preset and one flag per field, which has its comment as help.
+
+    Flags are grouped as the fields are; the most used ones come first.
+    """
+    width = min(100, shutil.get_terminal_size().columns) - 2
     parser = argparse.ArgumentParser(
+        formatter_class=functools.partial(argparse.HelpFormatter, width=width, max_help_position=26),
         prog="script.py", allow_abbrev=False, argument_default=argparse.SUPPRESS,
         usage=f"script.py [{' | '.join(commands)}] [CHECKPOINT ...] [--FIELD VALUE ...]",
         description="Train a classifier of small grey images and write a submission.")
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     parser.add_argument("words", nargs="*", metavar="COMMAND", default=[],
                         help="; ".join(f"{name}: {text}" for name, text in commands.items()))
-    parser.add_argument("--preset", choices=presets, help="start from this recipe; other flags override it")
-    comments = field_comments(config_class)
-    for name, annotation in typing.get_type_hints(config_class).items():
+    parser.add_argument("--preset", choices=presets, metavar="NAME",
+                        help=f"start from a recipe; other flags override it: {', '.join(presets)}")
+    comments, hints, groups = field_comments(config_class), typing.get_type_hints(config_class), {}
+    headings = field_headings(config_class) | dict.fromkeys(most_used, "most used")
+    for name in dict.fromkeys([*most_used, *hints]):
+        heading, annotation = headings.get(name, "settings"), hints[name]
+        group = groups[heading] = groups.get(heading) or parser.add_argument_group(heading)
         default = getattr(config_class, name)
         text = f"{comments.get(name, '')} (default: {'auto' if default is None else repr(default)})".replace("%", "%%")
         kinds = [getattr(kind, "__name__", kind) for kind in typing.get_args(annotation) or [annotation]]
         form = {"action": argparse.BooleanOptionalAction} if annotation is bool else {
             "type": functools.partial(from_text, annotation), "metavar": "|".join(kinds).replace("NoneType", "auto")}
-        parser.add_argument(flag_of(name), help=text, **form)
+        group.add_argument(flag_of(name), help=text, **form)
     return parser
 
 
@@ -92,13 +113,13 @@ def rename_flags(argv: list[str], flags: Iterable[str]) -> list[str]:
 
 
 def parse(argv: list[str] | None, config_class: type, presets: dict[str, dict], commands: dict[str, str],
-          why_unused: Callable[[str, str], str]) -> tuple[str, list[str], dict]:
+          why_unused: Callable[[str, str], str], most_used: Iterable[str] = ()) -> tuple[str, list[str], dict]:
     """Return the command, the files and the settings (preset and flags) of a command line.
 
     `why_unused(command, setting)` says why a setting has no effect on a command, or returns "". Exits with status 2
     and one line for a wrong command line.
     """
-    parser = make_parser(config_class, presets, commands)
+    parser = make_parser(config_class, presets, commands, most_used)
     flags = [flag for action in parser._actions for flag in action.option_strings]
     given, unknown = parser.parse_known_intermixed_args(rename_flags(sys.argv[1:] if argv is None else argv, flags))
     settings = vars(given)

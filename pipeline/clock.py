@@ -75,6 +75,15 @@ class TrainingClock:
         seconds = max(self.limit.for_training(self.seconds_per_answer), 1e-9)
         return min(1.0, max(done, self.elapsed / (seconds + self.earlier)))
 
+    def epochs_left(self, progress: float, step: int) -> float:
+        """Return how many epochs are still to come at this progress before this step, by the pace until now."""
+        done = step / self.steps_per_epoch
+        return self.last_epoch - done if self.settled or not progress else done * (1 - progress) / progress
+
+    def seconds_left(self, progress: float) -> float:
+        """Return the seconds that the rest of the training and the answers after it take, by the pace until now."""
+        return self.elapsed * (1 / progress - 1 if progress else 0) + self.limit.answers * self.seconds_per_answer
+
     def settle(self, accuracies: list[float]) -> bool:
         """Let a training end soon if the training accuracies of its epochs have stopped rising. Return whether it will.
 

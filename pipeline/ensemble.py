@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from pipeline.device import Runtime, start_runtime
 from pipeline.errors import DataError, UsageError, first_line
 from pipeline.files import atomic_write
 from pipeline.sources import Table, TableSource
@@ -22,6 +23,13 @@ class EnsembleMember:
     networks: int = 1           # how many networks its probabilities are the mean of
     config: object = None       # settings of a checkpoint's network; None for saved probabilities
     statistics: object = None   # how a checkpoint's network wants its images
+
+
+def runtime_for(members: list[EnsembleMember], device: str, precision: str = "auto",
+                eval_batch_size: int | None = None) -> Runtime:
+    """Start a runtime in the precision that the first network was trained in, or the fastest that the device has."""
+    trained_in = next((member.config.precision for member in members if member.config), "")
+    return start_runtime(device, precision, eval_batch_size, trained_in)
 
 
 def check_same_classes(members: list[EnsembleMember]) -> None:

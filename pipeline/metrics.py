@@ -76,12 +76,11 @@ HISTORY_COLUMNS = ["epoch", "train_loss", "train_accuracy", "val_loss", "val_acc
 
 
 def describe_epoch(row: dict, epochs: int, images_per_second: float, skipped: float = 0) -> str:
-    """Return one line with an epoch's metrics, and the number of steps that were skipped, if there were any."""
-    text = f"epoch {row['epoch']:>3}/{epochs}  train loss {row['train_loss']:.4f} accuracy {row['train_accuracy']:6.2%}"
+    """Return one line with an epoch's losses and accuracies, and the number of skipped steps, if there were any."""
+    text = f"epoch {row['epoch']:>3}/{epochs}  train {row['train_loss']:.4f} {row['train_accuracy']:6.2%}"
     if "val_loss" in row:
-        text += (f"  val loss {row['val_loss']:.4f} accuracy {row['val_accuracy']:6.2%} "
-                 f"top 3 {row['val_top3_accuracy']:6.2%} per class {row['val_class_accuracy']:6.2%}")
-    text += f"  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s  {images_per_second:,.0f} images/s"
+        text += f"  val {row['val_loss']:.4f} {row['val_accuracy']:6.2%}"
+    text += f"  {row['seconds']:.1f} s  {images_per_second:,.0f} images/s"
     return text + (f"  {skipped:.0f} steps skipped: not finite" if skipped else "")
 
 

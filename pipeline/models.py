@@ -50,7 +50,8 @@ class SqueezeExcitation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the gated channels [B, C, H, W]."""
-        return x * self.gate(x.mean(dim=(2, 3)))[:, :, None, None]
+        pixels = x.permute(0, 2, 3, 1)  # a mean over (2, 3) would give gradients in another memory format
+        return (pixels * self.gate(pixels.mean(dim=(1, 2)))[:, None, None]).permute(0, 3, 1, 2)
 
 
 class AveragePool(nn.AdaptiveAvgPool2d):
@@ -64,6 +65,14 @@ class AveragePool(nn.AdaptiveAvgPool2d):
 def global_pool() -> nn.Sequential:
     """Return global average pooling: [B, C, H, W] to [B, C]."""
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+def set_dropout(model: nn.Module, epoch: int, rise: int = 6) -> None:
+    """Set each dropout layer's rate for an epoch, counted from 1. It rises over epochs: short trainings need none."""
+    for layer in model.modules():
+        if isinstance(layer, (nn.Dropout, nn.Dropout2d)):
+            layer.full = getattr(layer, "full", layer.p)
+            layer.p = layer.full * min(1, epoch / rise)
 
 
 class Normalize(nn.Module):

@@ -26,10 +26,24 @@ def steps_per_epoch(rows: int, batch_size: int) -> int:
     return max(1, min(math.ceil(rows / batch_size), rows // 2))
 
 
-def epoch_batches(rows: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Return the rows of each step of an epoch, shuffled, in steps that differ by one row at most."""
-    order = np.random.default_rng([seed, epoch]).permutation(rows)
-    return np.array_split(order, steps_per_epoch(len(rows), batch_size))
+def epoch_batches(rows: np.ndarray, targets: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Return the rows of each step of an epoch, shuffled, in steps that differ by one row at most.
+
+    The rows of each class are spread evenly over the steps. `targets` are the class numbers of all rows.
+    """
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(rows)
+    order = order[targets[order].argsort(kind="stable")]  # by class, shuffled within each
+    counts = np.bincount(targets[rows])
+    first = random.random(len(counts)) - (counts.cumsum() - counts)
+    places = (np.arange(len(rows)) + first.repeat(counts)) / counts.repeat(counts)
+    return np.array_split(order[places.argsort(kind="stable")], steps_per_epoch(len(rows), batch_size))
+
+
+def training_size(image_size: int, initial_size: float, progress: float) -> int:
+    """Return the side of the training images at this progress 0..1: three sizes, the last of them from 0.6 on."""
+    share = initial_size + (1 - initial_size) * min(int(progress / 0.3), 2) / 2
+    return image_size if share == 1 else max(8, 4 * round(image_size * share / 4))
 
 
 def accumulation_shares(sizes: list[int], accumulation_steps: int) -> list[tuple[float, bool]]:

@@ -110,7 +110,7 @@ def plot_curves(path: Path, history: pd.DataFrame, kept: int) -> None:
     """Draw loss, accuracy and learning rate by epoch, with the kept epoch marked."""
     figure, panels = new_figure(15, 4.5, 3)
     for axes, kind, factor, unit in zip(panels, ("loss", "accuracy"), (1, 100), ("", "%")):
-        axes.plot(history.epoch, factor * history[f"train_{kind}"], "o-", color=BLUE, label="training, augmented")
+        axes.plot(history.epoch, factor * history[f"train_{kind}"], "o-", color=BLUE, label="training")
         if history[f"val_{kind}"].notna().any():
             axes.plot(history.epoch, factor * history[f"val_{kind}"], "o-", color=RED, label="validation")
         axes.axvline(kept, color="#bbbbbb", linestyle=":", label=f"kept: epoch {kept}")

@@ -1,21 +1,37 @@
-"""The ranges of settings, and recipes by name: of the projects that this one grew out of, and our own for digits."""
+"""The ranges of settings, each model's recipe, and presets: of the projects this one grew out of, and for digits."""
 
 import math
 
 # Smallest and largest value of a setting; other numbers may be anything from 0 up.
 LIMITS = {
-    "image_size": (8, 1024), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf), "num_epochs": (1, math.inf),
-    "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "momentum": (0, 0.9999), "accumulation_steps": (1, math.inf),
-    "warmup": (0, 1), "step_epochs": (1, math.inf), "gamma": (1e-6, 1), "label_smoothing": (0, 0.99),
-    "mixup_alpha": (1e-3, math.inf), "ema_decay": (0, 0.999999), "train_val_split": (0.01, 1), "rotation": (0, 180),
-    "scale": (0, 0.9), "shear": (0, 2), "stretch": (0, 1), "shift": (0, 1), "crop": (0, 1), "crop_size": (0.1, 1),
-    "perspective": (0, 0.45), "elastic": (0, 1), "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1),
-    "edge_softening": (0, 0.25), "knn_weight": (0, 0.99), "num_workers": (-1, 1024), "extra_weight": (1e-6, 100),
-    "tta": (1, 1000),
+    "image_size": (8, 1024), "initial_size": (0.25, 1), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf),
+    "num_epochs": (1, math.inf), "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "momentum": (0, 0.9999),
+    "accumulation_steps": (1, math.inf), "warmup": (0, 1), "step_epochs": (1, math.inf), "gamma": (1e-6, 1),
+    "label_smoothing": (0, 0.99), "mixup_alpha": (1e-3, math.inf), "ema_decay": (0, 0.999999),
+    "train_val_split": (0.01, 1), "rotation": (0, 180), "scale": (0, 0.9), "shear": (0, 2), "stretch": (0, 1),
+    "shift": (0, 1), "crop": (0, 1), "crop_size": (0.1, 1), "perspective": (0, 0.45), "elastic": (0, 1),
+    "brightness": (0, 1), "contrast": (0, 1), "erasing": (0, 1), "edge_softening": (0, 0.25), "knn_weight": (0, 0.99),
+    "num_workers": (-1, 1024), "extra_weight": (1e-6, 100), "tta": (1, 1000),
+}
+
+MOST_USED = ("data_dir", "output_dir", "max_minutes", "num_epochs", "model", "image_size", "batch_size",
+             "learning_rate", "folds", "seed")  # what `--help` shows first
+
+# The values of "auto" by model. Those of cnn were chosen on validation rows, batches and epochs of resnet on a part of
+# the data (benchmarks/RESULTS.md); the others are untuned.
+FIX = {"initial_size": 1.0, "plain_epochs": 0.0}  # images have their full size and are augmented in all epochs
+RECIPES = {
+    "resnet": FIX | {"image_size": 48, "batch_size": 512, "learning_rate": 4e-3, "num_epochs": 20, "dropout": 0.2},
+    "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.3,
+            "initial_size": 0.75, "plain_epochs": 3.0},
+    "digit-cnn": FIX | {"image_size": 28, "batch_size": 128, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.25},
+    "mlp": FIX | {"image_size": 28, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.0},
+    "tiny": FIX | {"image_size": 28, "batch_size": 128, "learning_rate": 1e-2, "num_epochs": 20, "dropout": 0.0},
+    "torchvision": FIX | {"image_size": 64, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.2},
 }
 
 # Everything of our own recipe switched off: the recipes of other projects start from this.
-PLAIN = {
+PLAIN = FIX | {
     "weight_decay": 0.0, "warmup": 0.0, "label_smoothing": 0.0, "ema_decay": 0.0, "max_grad_norm": 0.0,
     "knn_neighbors": 0, "dropout": 0.0, "rotation": 0.0, "scale": 0.0, "shear": 0.0, "stretch": 0.0, "elastic": 0.0,
     "recenter_warp": False, "edge_softening": 0.0, "image_size": 28, "schedule": "constant",
@@ -53,5 +69,5 @@ PRESETS = {
                     "num_epochs": 40},
     "digits-fast": {"model": "digit-cnn", "num_epochs": 1, "learning_rate": 5e-3, "dropout": 0.0,
                     "label_smoothing": 0.0, "ema_decay": 0.99, "augment": False, "knn_neighbors": 0, "pictures": False},
-    "digits-best": {"model": "cnn", "image_size": 28, "num_epochs": 20, "dropout": 0.3},
+    "digits-best": FIX | {"model": "cnn", "image_size": 28, "num_epochs": 20, "dropout": 0.3},
 }

@@ -21,11 +21,11 @@ def test_an_epochs_line_is_read():
            "val_top3_accuracy": 0.97, "val_class_accuracy": 0.74, "learning_rate": 1e-3, "seconds": 12.5}
     found = time_to_accuracy.EPOCH.match(describe_epoch(row, 20, 1234.5))
     assert found and (found[1], found[2]) == ("85.12", "12.5")
-    assert not time_to_accuracy.EPOCH.match("epoch 1/2  train loss 1.0 accuracy 50.00%  lr 1.0e-03  3.0 s  12 images/s")
+    assert not time_to_accuracy.EPOCH.match("epoch 1/2  train 1.0 50.00%  3.0 s  12 images/s")
 
 
 def test_the_watch_adds_up_the_epochs():
-    line = "epoch {}/3  train loss 1.0000 accuracy 50.00%  val loss 0.5 accuracy {}%  lr 1.0e-03  2.5 s  12 images/s"
+    line = "epoch {}/3  train 1.0000 50.00%  val 0.5 {}%  2.5 s  12 images/s"
     text = "\n".join(["device cpu", line.format(1, "79.90"), line.format(2, "81.00")])
     epochs, whole, status = time_to_accuracy.watch([sys.executable, "-c", f"print({text!r}); raise SystemExit(3)"])
     assert status == 3 and [epoch[1:] for epoch in epochs] == [(2.5, 79.9), (5.0, 81.0)]

@@ -1,5 +1,6 @@
 """tools/bundle.py: the single file works without the repository, and shows the user's edits."""
 
+import getpass
 import json
 import os
 import re
@@ -65,7 +66,8 @@ def test_an_edited_bundle_runs_alone_in_a_folder(kernel, tmp_path):
     record = json.loads((kernel.parent / "out" / "run.json").read_text())
     assert record["config"]["num_epochs"] == 2 and len(pd.read_csv(kernel.parent / "out" / "history.csv")) == 2
     assert sorted(path.name for path in kernel.parent.iterdir()) == ["cache", "kernel.py", "out"]
-    assert not list((tmp_path / "temporary").iterdir())  # the unpacked modules are removed
+    left = [path.name for path in (tmp_path / "temporary").iterdir()]
+    assert left in ([], [f"torchinductor_{getpass.getuser()}"])  # of torch; the unpacked modules are removed
 
 
 def test_versions_of_the_bundle_change_with_an_edit(kernel):

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+import re
 import typing
 from dataclasses import dataclass
 from typing import Literal
@@ -209,6 +210,19 @@ def test_an_earlier_name_is_a_name_of_another_dataclass():
     assert cli.parse(["--views", "3"], Other, {}, COMMANDS, lambda *_: "")[2] == {"views": 3}
     with pytest.raises(SystemExit):
         parse("--neighbours", "3")
+
+
+def test_the_help_is_grouped_and_at_most_100_columns_wide(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    groups = [line.rstrip(":") for line in lines if re.fullmatch("[a-z ]+:", line)]
+    assert groups == ["positional arguments", "options", "most used", "files", "model", "training", "augmentation",
+                      "prediction", "machine"]
+    flags = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert flags[1:11] == [cli.flag_of(name) for name in script.MOST_USED] and len(flags) == len(set(flags))
 
 
 def test_renamed_flags_are_not_in_the_help(capsys):

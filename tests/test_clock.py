@@ -13,6 +13,18 @@ def test_a_clock_counts_steps_without_a_time_limit():
     assert clock.progress(4) == 0.4 and clock.progress(10) == clock.progress(12) == 1
 
 
+def test_the_epochs_that_are_left_follow_steps_or_time():
+    clock = TrainingClock(2, 5)
+    assert [clock.epochs_left(clock.progress(step), step) for step in (0, 5, 9)] == pytest.approx([2, 1, 0.2])
+    clock = TrainingClock(1000, 5, TimeLimit(1000))
+    clock.started -= 250
+    assert clock.epochs_left(clock.progress(20), 20) == pytest.approx(12, rel=1e-3)  # four took a quarter of the time
+    assert clock.seconds_left(0.25) == pytest.approx(750, rel=1e-2)
+    clock = TrainingClock(40, 5)
+    clock.settled = 10
+    assert clock.epochs_left(clock.progress(60), 60) == 3
+
+
 def test_a_clock_counts_time_where_it_runs_out_first():
     clock = TrainingClock(1000, 1000, TimeLimit(1000))
     clock.started -= 250

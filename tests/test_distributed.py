@@ -146,7 +146,7 @@ def test_each_rank_draws_from_seed_epoch_step_and_rank(team):
     team.train("draws", 2, "--model", "mlp", "--num-epochs", "1", "--dropout", "0", "--erasing", "0.5", "--seed", "3")
     config = script.load_checkpoint(team.folder / "draws" / "best_model.pth").config
     data = script.prepare_data(config, start_runtime("cpu", "float32"))[1]
-    batches = optim.epoch_batches(data.split.train_rows, config.batch_size, config.seed, epoch=1)
+    batches = optim.epoch_batches(data.split.train_rows, data.dataset.targets, config.batch_size, config.seed, epoch=1)
     for rank in range(2):
         recorded = np.load(team.folder / f"draws.{rank}.npz")
         for step in range(3):

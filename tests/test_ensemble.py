@@ -75,7 +75,7 @@ def test_one_network_is_in_memory_at_a_time(trained, monkeypatch):
     config = script.Config(data_dir=str(command.data), cache_dir=str(command.cache), device="cpu")
     table = read_test_table(config.test_source)
     members = script.open_members(config, [*map(str, checkpoints), str(checkpoints[0])], table)
-    runtime, load_checkpoint = script.runtime_for(members, config), script.load_checkpoint
+    runtime, load_checkpoint = ensemble.runtime_for(members, config.device, config.precision), script.load_checkpoint
     networks, others = weakref.WeakSet(), []
 
     def load(path):

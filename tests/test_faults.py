@@ -253,10 +253,11 @@ def test_damaged_state_is_replaced_by_the_one_before(runs, unfinished, share):
 
 
 def damage(path: Path, share: float | str) -> None:
-    """Cut a file, or flip a bit in its middle."""
+    """Cut a file, or flip a bit in each byte around its middle, which may be padding of up to 64 bytes."""
     content = bytearray(path.read_bytes())
     if share == "flipped":
-        content[len(content) // 2] ^= 1
+        for place in range(len(content) // 2 - 64, len(content) // 2 + 64):
+            content[place] ^= 1
     else:
         del content[int(share * len(content)):]
     path.write_bytes(content)

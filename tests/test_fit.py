@@ -26,8 +26,8 @@ from pipeline.splits import Split, image_digests, split_rows
 from pipeline.tables import Table
 from script import CompetitionData, Config, MathSymbolDataset, Trainer
 
-SMALL = Config(model="tiny", image_size=8, batch_size=8, num_epochs=3, learning_rate=1e-2, dropout=0.0,
-               precision="float32", ema_decay=0.9, train_val_split=0.8, min_steps=0)
+SMALL = Config(model="tiny", image_size=8, initial_size=1.0, plain_epochs=0.0, batch_size=8, num_epochs=3,
+               learning_rate=1e-2, dropout=0.0, precision="float32", ema_decay=0.9, train_val_split=0.8, min_steps=0)
 CPU = Runtime()
 
 
@@ -404,9 +404,33 @@ def test_ten_skipped_steps_are_seen_after_they_are_over(tmp_path):
     assert not (tmp_path / "best_model.pth").exists()
 
 
+def record_batches(data: CompetitionData, monkeypatch) -> list[tuple[int, bool]]:
+    """Return a list that each training step adds its image size to, and whether its images are augmented."""
+    recorded, batch = [], MathSymbolDataset.batch
+
+    def recording(self, rows, seed=None):
+        if len(rows) <= 8:
+            recorded.append((self.config.image_size, seed is not None))
+        return batch(self, rows, seed)
+
+    monkeypatch.setattr(MathSymbolDataset, "batch", recording)
+    return recorded
+
+
+def test_images_grow_and_the_last_epochs_are_not_augmented(tmp_path, monkeypatch):
+    config = into(tmp_path, image_size=16, initial_size=0.5, plain_epochs=1.5, num_epochs=3, train_val_split=1.0)
+    data = make_data(config)
+    recorded = record_batches(data, monkeypatch)
+    script.fit(config, data)
+    steps = len(recorded) // 3
+    assert [size for size, _ in recorded] == sorted(size for size, _ in recorded) and len(recorded) == 3 * steps
+    assert {size for size, _ in recorded} == {8, 12, 16} and recorded[-1][0] == recorded[steps * 2][0] == 16
+    assert sum(augmented for _, augmented in recorded) == round(1.5 * steps) and recorded[0][1] and not recorded[-1][1]
+
+
 def test_the_remedy_for_a_divergence_works(tmp_path):
     """The rate is what makes it diverge; at a lower one, with --no-resume, the same command trains."""
-    config = into(tmp_path, optimizer="sgd", learning_rate=100.0, max_grad_norm=0.0, num_epochs=60, warmup=0.0,
+    config = into(tmp_path, optimizer="sgd", learning_rate=10.0, max_grad_norm=0.0, num_epochs=60, warmup=0.0,
                   schedule="constant", model="mlp", weight_decay=0.1)
     data = make_data(config)
     with pytest.raises(DataError, match="start over with --no-resume and a lower --learning-rate"):

@@ -84,8 +84,7 @@ def test_epoch_line_holds_every_figure_of_the_history():
            "val_top3_accuracy": 0.875, "val_class_accuracy": 0.375, "learning_rate": 3e-3, "seconds": 4.5}
     assert list(row) == HISTORY_COLUMNS
     assert " ".join(describe_epoch(row, 20, 1234.5).split()) == (
-        "epoch 3/20 train loss 1.2500 accuracy 50.00% val loss 0.7500 accuracy 62.50% top 3 87.50% per class 37.50% "
-        "lr 3.0e-03 4.5 s 1,234 images/s")
+        "epoch 3/20 train 1.2500 50.00% val 0.7500 62.50% 4.5 s 1,234 images/s")
     assert "val" not in describe_epoch({name: row[name] for name in row if not name.startswith("val")}, 20, 1.0)
     assert describe_score(row) == "loss 0.7500, accuracy 62.50%, top 3 87.50%, per class 37.50%"
 

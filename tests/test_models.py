@@ -24,6 +24,14 @@ def load_weights(model, config: Config, classes: list[str]) -> None:
     models.load_initial_weights(model, config.weights, config.model, classes, config.image_size, config.split)
 
 
+def test_dropout_rises_over_the_first_epochs():
+    model = script.MathSymbolCNN(10, 0.3)
+    for epoch in (1, 3, 6, 9, 2):  # a resumed training may begin anywhere
+        models.set_dropout(model, epoch)
+        assert model.head[0].p == pytest.approx(min(0.05 * epoch, 0.3))
+        assert model.conv2[-1].p == pytest.approx(min(0.05 * epoch, 0.3) / 6)
+
+
 def test_sizes_at_369_classes():
     resnet, cnn = ResNetMathSymbol(369), MathSymbolCNN(369)
     assert parameters(resnet) == 21_466_161

@@ -23,6 +23,7 @@ from pipeline.optim import (
     step_if_finite,
     step_seed,
     steps_per_epoch,
+    training_size,
 )
 
 ONE, ZERO = torch.ones(()), torch.zeros(())  # a finite step and another one
@@ -45,7 +46,7 @@ def test_step_seeds_differ_in_every_argument():
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(40, 8), (41, 8), (3, 2), (7, 100), (2, 2), (1000, 128)])
 def test_an_epoch_holds_every_row_once_and_no_batch_of_one(rows, batch_size):
-    batches = epoch_batches(np.arange(rows), batch_size, seed=0, epoch=1)
+    batches = epoch_batches(np.arange(rows), np.arange(rows) % 3, batch_size, seed=0, epoch=1)
     assert sorted(np.concatenate(batches)) == list(range(rows))
     assert len(batches) == steps_per_epoch(rows, batch_size)
     assert min(map(len, batches)) >= 2 and max(map(len, batches)) <= max(batch_size, 3)
@@ -54,10 +55,28 @@ def test_an_epoch_holds_every_row_once_and_no_batch_of_one(rows, batch_size):
 
 def test_order_depends_on_seed_and_epoch():
     def order(seed: int, epoch: int) -> list[int]:
-        return np.concatenate(epoch_batches(np.arange(100), 8, seed, epoch)).tolist()
+        return np.concatenate(epoch_batches(np.arange(100), np.zeros(100, int), 8, seed, epoch)).tolist()
 
     assert order(0, 1) == order(0, 1)
     assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (1, 2)}) == 4
+
+
+def test_classes_are_spread_evenly_over_the_steps():
+    targets = np.random.default_rng(0).choice(5, 1000, p=[0.5, 0.3, 0.15, 0.04, 0.01])
+    rows = np.flatnonzero(np.arange(1000) % 10 > 0)  # some rows of the table validate
+    batches = epoch_batches(rows, targets, 50, seed=0, epoch=1)
+    assert sorted(np.concatenate(batches)) == rows.tolist()
+    counts = np.array([np.bincount(targets[batch], minlength=5) for batch in batches])
+    share = np.bincount(targets[rows]) / len(batches)
+    assert (np.abs(counts - share) < 2).all()
+    assert len({tuple(batch % 10) for batch in batches}) == len(batches)  # in random order inside a step
+
+
+def test_training_images_grow_in_three_steps():
+    sizes = [training_size(32, 0.75, progress) for progress in (0, 0.29, 0.31, 0.59, 0.61, 1.0)]
+    assert sizes == [24, 24, 28, 28, 32, 32]
+    assert {training_size(30, 1.0, progress) for progress in (0, 0.5, 1)} == {30}
+    assert training_size(28, 0.75, 0) == 20 and training_size(8, 0.25, 0) == 8 and training_size(30, 0.75, 0.9) == 30
 
 
 @pytest.mark.parametrize(("steps", "accumulation_steps", "updates"), [

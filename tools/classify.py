@@ -17,20 +17,24 @@ import numpy as np
 import pandas as pd
 
 import script
-from pipeline.device import start_runtime
+from pipeline.device import Runtime, start_runtime
 from pipeline.errors import DataError
 from pipeline.signals import exit_status
 from pipeline.tables import Table
 from tools.common import make_parser, read_latex, read_picture
 
 
+def as_dataset(trained: script.TrainedModel, inks: list[np.ndarray], runtime: Runtime) -> script.MathSymbolDataset:
+    """Return pictures, ink [size, size] each, as a dataset."""
+    table = Table("the pictures", pd.DataFrame(index=range(len(inks))))
+    return script.MathSymbolDataset(table, trained.config, trained.classes, trained.statistics, runtime,
+                                    np.stack(inks)[:, None])
+
+
 def classify(trained: script.TrainedModel, inks: list[np.ndarray]) -> np.ndarray:
     """Return probabilities [pictures, classes] of ink [size, size] each, computed on the CPU."""
     runtime = start_runtime("cpu", "float32")
-    table = Table("the pictures", pd.DataFrame(index=range(len(inks))))
-    dataset = script.MathSymbolDataset(table, trained.config, trained.classes, trained.statistics, runtime,
-                                       np.stack(inks)[:, None])
-    return script.predict(runtime.to_device(trained.model), dataset)
+    return script.predict(runtime.to_device(trained.model), as_dataset(trained, inks, runtime))
 
 
 def answer(given: argparse.Namespace) -> int:

@@ -1,12 +1,15 @@
 """What several tools and benchmarks need: a command line, single pictures, the validation rows of checkpoints."""
 
 import argparse
+import base64
 import dataclasses
+import io
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch.nn.functional as F
+from PIL import Image
 
 import script
 from pipeline import ensemble, splits, tables
@@ -66,23 +69,41 @@ def table_config(given: argparse.Namespace, **more: object) -> script.Config:
         raise UsageError(str(error)) from None
 
 
+def read_ink(source: Path | bytes, statistics: ImageStatistics, name: object) -> np.ndarray:
+    """Return the ink [H, W], uint8, of one picture with any background: a path, or a file's content.
+
+    Raises DataError, with the name, for what cannot be used.
+    """
+    try:
+        raw, alpha = read_grey(source if isinstance(source, bytes) else str(source))
+    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
+        raise DataError(f"{name}: {describe_fault(error)}") from None
+    highest = float(raw.max())
+    level = file_level(depth_of(raw, alpha), highest, statistics.levels)
+    grey = to_grey(raw, level if highest < 2 * level else white_level(highest, True))  # a scan for a network of masks
+    return to_ink(grey, alpha, background_of(grey, alpha))
+
+
+def cut_out(ink: np.ndarray) -> np.ndarray:
+    """Return the part of an image [H, W], uint8, that holds ink; all of an image without."""
+    rows, columns = (np.flatnonzero(ink.max(axis=axis) > 127) for axis in (1, 0))
+    return ink[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] if len(rows) else ink
+
+
 def read_picture(path: Path, statistics: ImageStatistics, crop: bool) -> np.ndarray:
     """Return the ink [size, size], uint8, of one picture with any background; `crop` cuts out the drawing first.
 
     Raises DataError for a file that cannot be used.
     """
-    try:
-        raw, alpha = read_grey(str(path))
-    except Exception as error:  # Pillow's decoders raise OSError, ValueError, SyntaxError, struct.error, ...
-        raise DataError(f"{path}: {describe_fault(error)}") from None
-    highest = float(raw.max())
-    level = file_level(depth_of(raw, alpha), highest, statistics.levels)
-    grey = to_grey(raw, level if highest < 2 * level else white_level(highest, True))  # a scan for a network of masks
-    ink = to_ink(grey, alpha, background_of(grey, alpha))
-    rows, columns = (np.flatnonzero(ink.max(axis=axis) > 127) for axis in (1, 0))
-    if crop and len(rows):
-        ink = ink[rows[0]: rows[-1] + 1, columns[0]: columns[-1] + 1]
-    return fit_to_square(ink, statistics.size)
+    ink = read_ink(path, statistics, path)
+    return fit_to_square(cut_out(ink) if crop else ink, statistics.size)
+
+
+def as_png(ink: np.ndarray) -> str:
+    """Return ink [H, W], uint8, as black on white in a data URI."""
+    buffer = io.BytesIO()
+    Image.fromarray(255 - ink).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def train_source(config: script.Config, given: argparse.Namespace) -> tables.TableSource:
@@ -117,10 +138,10 @@ def open_validation(paths: list[Path], given: argparse.Namespace,
         if network.labels_sha256 != table.labels_sha256:
             raise DataError(f"{table.path}: not the rows that {path} was trained on, or not in their order; name its "
                             "own table with --data-dir or --train-csv")
-    runtime = script.runtime_for(members, script.Config(device=device))
+    runtime = ensemble.runtime_for(members, device)
     settings = LoadSettings(given.cache_dir, on_bad_image=networks[0].config.on_bad_image)
     images = {network.statistics: load_images([table], network.statistics, settings)[0] for network in networks}
-    rows, *others = [find_validation_rows(network, table, images[network.statistics]) for network in
+    rows, *others = [find_split(network, table, images[network.statistics]).val_rows for network in
                      {network.statistics: network for network in networks}.values()]
     if not all(np.array_equal(rows, other) for other in others):
         raise DataError("the checkpoints were validated on different rows: they store images at different sizes, and "
@@ -134,13 +155,13 @@ def open_validation(paths: list[Path], given: argparse.Namespace,
     return networks, [loaded[network.statistics].for_network(network.config) for network in networks]
 
 
-def find_validation_rows(network: script.TrainedModel, table: tables.Table, images: np.ndarray) -> np.ndarray:
-    """Return the positions of the rows of its training table that validated a network."""
+def find_split(network: script.TrainedModel, table: tables.Table, images: np.ndarray) -> splits.Split:
+    """Return which rows of its training table a network was trained on, and which validated it."""
     config = network.config
     groups = table.rows[config.group_column].to_numpy() if config.group_column else None
     targets = tables.class_numbers(table.rows.label, network.classes)
     return splits.split_rows(config.split, targets, table.usable_rows, splits.image_digests(images), groups,
-                             table.path).val_rows
+                             table.path)
 
 
 def select_rows(table: tables.Table, rows: np.ndarray) -> tables.Table:
