@@ -6,7 +6,8 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import Command, make_competition
+from browser import CHROMIUM, Browser
+from conftest import CLASSES, Command, make_competition
 
 import script
 from pipeline.metrics import Predictions
@@ -27,7 +28,24 @@ def test_the_page_holds_figures_settings_and_every_picture(finished):
     metrics = json.loads((finished.output / "run.json").read_text())["metrics"]
     assert f"accuracy {metrics['val_accuracy']:.2%}, top 3" in text and "num_epochs" in text
     assert len(re.findall(r'<img alt="\w+" src="data:image/png;base64,iVBOR', text)) == len(report.PICTURES)
-    assert 'src="http' not in text and "<script" not in text and "<link" not in text  # nothing is fetched
+    assert 'src="http' not in text and "<script src" not in text and "<link" not in text  # nothing is fetched
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium: install Debian's package chromium")
+def test_the_page_in_a_browser(finished, tmp_path):
+    assert report.main([str(finished.output)]) == 0
+    column = "[...document.querySelectorAll('.sortable tbody tr')].map(row => row.cells[{}].dataset.value)"
+    with Browser(tmp_path / "profile") as browser:
+        browser.open((finished.output / "report.html").resolve().as_uri())
+        assert browser.value("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
+        assert sorted(browser.value(column.format(0))) == sorted(CLASSES)
+        for number, order in ((2, 1), (2, -1), (0, 1)):  # the accuracy, twice, and the label
+            browser.value(f"document.querySelectorAll('.sortable th')[{number}].click()")
+            values = [float(value) for value in browser.value(column.format(number))]
+            assert values == sorted(values, reverse=order < 0)
+        assert browser.value("document.querySelectorAll('.sortable img').length") == 10  # the validation rows
+        browser.screenshot(tmp_path / "report.png")
+        assert browser.errors == []
 
 
 def test_another_table_is_refused(finished, tmp_path, capsys):

@@ -29,7 +29,7 @@ from pipeline.errors import DataError, first_line
 from pipeline.images import LoadSettings, estimate_image_statistics, load_images
 from pipeline.metrics import HISTORY_COLUMNS, Predictions
 from pipeline.signals import exit_status
-from tools.common import OF_CHECKPOINT, make_parser, read_latex, train_source
+from tools.common import OF_CHECKPOINT, as_png, make_parser, read_latex, train_source
 
 BINS = 15
 PICTURES = [
@@ -42,7 +42,24 @@ OWN = ("mistakes.png", "calibration.png")
 STYLE = ("body{font:16px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}"
          "img{max-width:100%}table{border-collapse:collapse;font-size:14px}td,th{padding:2px 12px;text-align:right;"
          "border-bottom:1px solid #ddd}td:first-child,th:first-child{text-align:left}h2{margin-top:2em}"
-         ".figures{font-size:22px}")
+         ".figures{font-size:22px}.scroll{overflow-x:auto}.sortable th{cursor:pointer;position:sticky;top:0;"
+         "background:#fff}.sortable th[data-order]::after{content:' \\25b2'}"
+         ".sortable th[data-order='-1']::after{content:' \\25bc'}td img{width:32px;height:32px;margin:0 2px;"
+         "border:2px solid #2e7d32;image-rendering:pixelated;vertical-align:middle}td img.wrong{border-color:#c62828}")
+# A click on a column's head sorts by it, a second one the other way round; numbers by value, other cells as text.
+SORT = """
+for (const head of document.querySelectorAll(".sortable th")) head.onclick = () => {
+  const body = head.closest("table").tBodies[0], column = head.cellIndex, order = head.dataset.order === "1" ? -1 : 1;
+  for (const other of head.parentNode.cells) delete other.dataset.order;
+  head.dataset.order = order;
+  const value = row => row.cells[column].dataset.value ?? row.cells[column].textContent;
+  body.append(...[...body.rows].sort((first, second) => {
+    const [a, b] = [value(first), value(second)];
+    return order * (a !== "" && b !== "" && !isNaN(a) && !isNaN(b) ? a - b : a.localeCompare(b));
+  }));
+};
+"""
+EXAMPLES = 4  # validation images of each class in the table, mistakes first
 
 
 def read_predictions(folder: Path, config: script.Config,
@@ -118,13 +135,39 @@ def read_figures(path: Path, columns: list[str]) -> pd.DataFrame:
                                "of a finished run") from None
 
 
-def page(folder: Path, record: dict, error: float) -> str:
+def table_of_classes(folder: Path, predictions: Predictions, labels: list[str], latex: dict[str, str]) -> str:
+    """Return the table of class_accuracy.csv, the worst first, with validation images of each class."""
+    classes = read_figures(folder / "class_accuracy.csv", ["label", "images", "accuracy", "taken_for"])
+
+    def cell(value: object, shown: str) -> str:
+        return f'<td data-value="{html.escape(str(value))}">{shown}</td>'
+
+    def name(label: str) -> str:
+        return html.escape(f"{label} {latex.get(label, '')}".strip())
+
+    rows = []
+    for row in classes.sort_values("accuracy").fillna("").itertuples():
+        places = np.flatnonzero(predictions.targets == labels.index(row.label)) if row.label in labels else []
+        wrong = predictions.predicted[places] != predictions.targets[places]
+        chosen = np.argsort(~wrong, kind="stable")[:EXAMPLES]
+        inks = predictions.ink(places[chosen]) if len(chosen) else []
+        images = "".join(f'<img alt="" class="{"wrong" * bool(wrong[place])}" src="{as_png(ink)}">'
+                         for place, ink in zip(chosen, inks))
+        cells = [cell(row.label, name(row.label)), cell(row.images, f"{row.images:.0f}"),
+                 cell(row.accuracy, f"{row.accuracy:.1%}"), cell(row.taken_for, name(str(row.taken_for))),
+                 cell(len(places), images)]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    heads = "".join(f"<th>{head}</th>" for head in ("class", "images", "accuracy", "most common mistake", "examples"))
+    return (f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>'
+            f"<tbody>{''.join(rows)}</tbody></table></div>")
+
+
+def page(folder: Path, record: dict, error: float, classes_table: str) -> str:
     """Return the whole page."""
     metrics, config = record["metrics"], record["config"]
     percent = {"accuracy": "val_accuracy", "top 3": "val_top3_accuracy", "per class": "val_class_accuracy"}
     figures = ", ".join(f"{name} {metrics[key]:.2%}" for name, key in percent.items())
     history = read_figures(folder / "history.csv", HISTORY_COLUMNS)
-    classes = read_figures(folder / "class_accuracy.csv", ["label", "images", "accuracy", "taken_for"])
     defaults = dataclasses.asdict(script.Config())
     settings = pd.DataFrame([(name, value) for name, value in config.items() if value != defaults.get(name)],
                             columns=["setting", "value"])
@@ -137,11 +180,13 @@ def page(folder: Path, record: dict, error: float) -> str:
         # A picture beside a run with --no-pictures is an earlier run's.
         if name in OWN or (config["pictures"] and (folder / name).exists()):
             parts += [f"<h2>{title}</h2>", embedded(folder / name)]
-    for title, table in (("Epochs", history), ("Settings that are not the default", settings), ("The run", facts),
-                         ("Classes, the worst first", classes.sort_values("accuracy"))):
-        parts += [f"<h2>{title}</h2>", table.to_html(index=False, border=0, float_format=lambda value: f"{value:.4g}")]
+    parts += ["<h2>Classes</h2><p>A click on a column's head sorts by it. Mistakes are framed red.</p>", classes_table]
+    for title, table in (("Epochs", history), ("Settings that are not the default", settings), ("The run", facts)):
+        text = table.to_html(index=False, border=0, float_format=lambda value: f"{value:.4g}")
+        parts += [f'<h2>{title}</h2><div class="scroll">', text, "</div>"]
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(config["model"])} '
-            f'{metrics["val_accuracy"]:.2%}</title><style>{STYLE}</style></head><body>{"".join(parts)}</body></html>\n')
+            f'{metrics["val_accuracy"]:.2%}</title><style>{STYLE}</style></head><body>{"".join(parts)}'
+            f"<script>{SORT}</script></body></html>\n")
 
 
 def read_record(folder: Path) -> tuple[dict, script.Config]:
@@ -169,11 +214,13 @@ def report(given: argparse.Namespace) -> None:
     record, config = read_record(given.folder)
     config = dataclasses.replace(config, cache_dir=given.cache_dir)
     predictions, classes = read_predictions(given.folder, config, train_source(config, given))
-    names = plots.class_names(classes, read_latex(config, given))
+    latex = read_latex(config, given)
+    names = plots.class_names(classes, latex)
+    table = table_of_classes(given.folder, predictions, classes, latex)
     plot_mistakes(given.folder / "mistakes.png", predictions, names)
     error = plot_calibration(given.folder / "calibration.png", predictions)
     with files.atomic_write(given.folder / "report.html") as temporary:
-        temporary.write_text(page(given.folder, record, error), encoding="utf-8")
+        temporary.write_text(page(given.folder, record, error, table), encoding="utf-8")
     print(f"wrote report.html, mistakes.png and calibration.png in {given.folder.resolve()}")
 
 

@@ -1,0 +1,95 @@
+"""README.md and docs/: each command runs, each link has its target, and requirements are the same in both places."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import make_competition
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "RESULTS.md"]
+ELSEWHERE = ("pip install", "uv run", "torchrun", "tools.draw", "--folds 5", "--max-minutes")  # run by other tests
+
+
+def commands(page: Path) -> list[str]:
+    """Return the command lines of a page's bash blocks, without comments."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line for line in (re.sub(r"\s+# .*", "", line).strip() for line in lines) if line]
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_have_a_target(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
+
+
+def test_requirements_are_the_same_in_both_places():
+    header = re.search(r"^# /// script\n(.*?)^# ///$", (ROOT / "script.py").read_text(), re.MULTILINE | re.DOTALL)[1]
+    metadata = tomllib.loads(re.sub(r"^# ?", "", header, flags=re.MULTILINE))
+    assert metadata["dependencies"] == (ROOT / "requirements.txt").read_text().split()
+    assert metadata["requires-python"] == ">=3.11"
+
+
+def test_every_page_is_linked_from_the_readme():
+    text = (ROOT / "README.md").read_text()
+    assert [page.name for page in PAGES if page.name != "README.md" and page.name not in text] == []
+
+
+def runnable(line: str) -> list[str] | None:
+    """Return the words of a command that is run here, shortened; None for those that other tests or .ci/run run."""
+    if any(part in line for part in ELSEWHERE):
+        return None
+    words = shlex.split(os.path.expandvars(line.replace("$PWD", ".")))
+    if words[:2] == ["python", "script.py"]:
+        trains = len(words) < 3 or words[2] not in ("predict", "evaluate")
+        return [sys.executable, str(ROOT / "script.py"), *words[2:], *["--num-epochs", "1"] * trains, "--device", "cpu",
+                "--cache-dir", "cache"]
+    assert words[:2] == ["python", "-m"], line
+    quick = {"tools.sweep": ["--num-epochs", "1"], "tools.stress": ["--rows", "20"]}
+    return [sys.executable, *words[1:], *quick.get(words[2], [])]
+
+
+def test_every_command_is_run_or_is_of_a_kind_that_other_tests_run():
+    lines = [line for page in PAGES[:-1] for line in commands(page)]
+    assert len(lines) > 30 and sum(runnable(line) is not None for line in lines) > 25
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES[:-1] if commands(page)], ids=lambda page: page.name)
+def test_commands_of_a_page_work_in_their_order(page, tmp_path):
+    """In one folder with a small competition; each training has one epoch. Left out are commands that have
+    tests of their own: torchrun, folds, time limits, and the page to draw on."""
+    data = make_competition(tmp_path / "my-competition", 200)
+    shutil.copy(next((data / "Dataset_Image").rglob("*.png")), data / "Dataset_Image" / "0.png")
+    shutil.copytree(data, tmp_path, dirs_exist_ok=True)  # for commands without --data-dir
+    shutil.copytree(data / "Dataset_Image", tmp_path / "More")
+    shutil.copytree(data / "Dataset_Image", data / "More")
+    pd.read_csv(data / "train.csv").head(30).to_csv(data / "more.csv", index=False)
+    for line in commands(page):
+        if command := runnable(line):
+            done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={
+                **os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")})
+            assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
