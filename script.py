@@ -713,7 +713,8 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
     shares = optim.accumulation_shares([len(rows) for rows in batches], config.accumulation_steps)
     totals, update = MetricAccumulator(state.sums, ranks, trainer.runtime.device), True
     trainer.model.train()
-    models.set_dropout(trainer.model, state.epoch)
+    if not config.compile:  # it would compile for each rate
+        models.set_dropout(trainer.model, state.epoch)
     if config.freeze_epochs:
         models.freeze_body(trainer.model, state.epoch <= config.freeze_epochs)
 
@@ -906,7 +907,7 @@ def run_fingerprint(config: Config, data: CompetitionData) -> dict:
 
 
 def measure_limit(config: Config, data: CompetitionData, started: float, manager: CheckpointManager) -> TimeLimit:
-    """Return the time that max_minutes leaves for training and answers, whose pace is measured."""
+    """Return the time that max_minutes leaves, measuring the pace of answers; without it only how many they are."""
     runtime, rows, val_rows = data.dataset.runtime, data.split.train_rows, len(data.split.val_rows)
     if not config.max_minutes:
         return TimeLimit(answers=2 * val_rows + len(data.test or ()) + len(rows) * (config.knn_neighbors > 0))

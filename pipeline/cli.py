@@ -65,9 +65,9 @@ def field_headings(config_class: type) -> dict[str, str]:
     """Return the comment line that each field stands below; none in a notebook cell."""
     headings, heading = {}, ""
     with contextlib.suppress(OSError, TypeError):
-        for found in re.finditer(r"^    (?:# ([^:\n]+)|(\w+): )", inspect.getsource(config_class), re.MULTILINE):
-            heading = (found[1] or heading).lower()
-            headings[found[2]] = heading
+        for comment, name in re.findall(r"^    (?:# ([^:\n]+)|(\w+): )", inspect.getsource(config_class), re.MULTILINE):
+            heading = comment.lower() or heading
+            headings[name] = heading
     return headings
 
 

@@ -79,7 +79,7 @@ def test_is_better_breaks_ties_of_accuracy_by_loss():
     assert is_better({"epoch": 2}, {"epoch": 1}, "accuracy"), "without validation rows the last epoch is kept"
 
 
-def test_epoch_line_holds_every_figure_of_the_history():
+def test_epoch_line_holds_losses_accuracies_and_pace():
     row = {"epoch": 3, "train_loss": 1.25, "train_accuracy": 0.5, "val_loss": 0.75, "val_accuracy": 0.625,
            "val_top3_accuracy": 0.875, "val_class_accuracy": 0.375, "learning_rate": 3e-3, "seconds": 4.5}
     assert list(row) == HISTORY_COLUMNS

@@ -77,6 +77,7 @@ def test_training_images_grow_in_three_steps():
     assert sizes == [24, 24, 28, 28, 32, 32]
     assert {training_size(30, 1.0, progress) for progress in (0, 0.5, 1)} == {30}
     assert training_size(28, 0.75, 0) == 20 and training_size(8, 0.25, 0) == 8 and training_size(30, 0.75, 0.9) == 30
+    assert training_size(15, 0.95, 0.4) == 15, "never larger than the last"
 
 
 @pytest.mark.parametrize(("steps", "accumulation_steps", "updates"), [

@@ -145,6 +145,13 @@ def report(given: argparse.Namespace) -> None:
     print(f"accuracy {(predicted == targets).mean():.2%}; with each group as one class "
           f"{(groups[predicted] == groups[targets]).mean():.2%}; with groups found on the other half of the rows "
           f"{cross_fitted_accuracy(targets, predicted, len(classes), given.threshold):.2%}")
+    in_group = (groups[predicted] == groups[targets]) & (np.bincount(groups)[groups[targets]] > 1)
+    commonest = {group: np.flatnonzero(groups == group)[counts.sum(axis=1)[groups == group].argmax()]
+                 for group in np.unique(groups)}  # class that has the most rows
+    if in_group.any():
+        always = np.mean([commonest[groups[target]] == target for target in targets[in_group]])
+        print(f"of {in_group.sum():,} rows put into their group {(predicted == targets)[in_group].mean():.2%} get "
+              f"their class; the group's commonest class for all of them would be right for {always:.2%}")
     with files.atomic_write(folder / "confused_pairs.csv") as temporary:
         confused_pairs(counts, classes, latex).to_csv(temporary, index=False)
     if found:
