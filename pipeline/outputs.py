@@ -75,15 +75,15 @@ def remove_leftovers(folder: Path, written: set[str], pictures: bool) -> None:
 
 
 def describe_result(metrics: dict, history: pd.DataFrame, voted: bool) -> str:
-    """Return one line: the epoch that was kept and its metrics, those of the network alone too if there was a vote."""
+    """Return the epoch that was kept and its metrics; in a line before, those of the network alone if there is a vote."""
     text = f"kept epoch {metrics['epoch']} of {len(history)}"
     if "val_accuracy" not in metrics:
         return text
     kept = history.val_accuracy[history.epoch == metrics["epoch"]]  # empty after a kill between two writes
     alone = f"network alone {kept.iloc[0]:.2%}, " if voted and len(kept) else ""
-    return (f"{text}: validation accuracy {metrics['val_accuracy']:.2%}, top 3 {metrics['val_top3_accuracy']:.2%}, per "
-            f"class {metrics['val_class_accuracy']:.2%} (on the rows that chose the epoch); {alone}last epoch "
-            f"{history.val_accuracy.iloc[-1]:.2%}")
+    return (f"on the rows that chose the epoch: {alone}last epoch {history.val_accuracy.iloc[-1]:.2%}\n"
+            f"{text}: validation accuracy {metrics['val_accuracy']:.2%}, top 3 {metrics['val_top3_accuracy']:.2%}, per "
+            f"class {metrics['val_class_accuracy']:.2%}")
 
 
 def describe_files(files: list[str], pictures: bool, folder: Path) -> str:

@@ -170,7 +170,7 @@ def plot_class_accuracy(path: Path, table: pd.DataFrame, names: list[str]) -> No
     _label_bars(right, worst.name.tolist())
     title = f"{len(worst)} of {len(table)} classes, none with a mistake"
     if not mistaken.empty:
-        title = f"the {len(worst)} classes with {worst.mistakes.sum() / table.mistakes.sum():.0%} of the mistakes"
+        title = f"classes with {worst.mistakes.sum() / table.mistakes.sum():.0%} of the mistakes: {len(worst)}"
     right.set(title="each class" if len(worst) == len(table) else title, xlim=(-0.6, max(len(worst), 8) - 0.4),
               ylabel="accuracy in %", ylim=(100 * worst.accuracy.min() - 1 if worst.accuracy.min() > 0.9 else 0, 100))
     save_figure(path, figure)

@@ -71,15 +71,14 @@ def mean_over_folds(records: list[dict]) -> dict[str, float]:
 
 
 def report_expected(metrics: dict[str, float]) -> None:
-    """Print the accuracy that is expected on the test rows, if there is such a figure, beside that on validation rows.
+    """Print the accuracy that is expected on the test rows, if there is such a figure.
 
-    Warns if the two differ by more than the figure's error.
+    Warns if that on validation rows differs by more than the figure's error.
     """
     if not all(name in metrics for name in FIGURES):
         return
     expected, error = (metrics[name] for name in FIGURES)
-    print(f"expected accuracy on the test rows {expected:.2%} +- {100 * error:.2f} (by the network's confidence), "
-          f"on the validation rows {metrics['val_accuracy']:.2%}")
+    print(f"expected accuracy on the test rows {expected:.2%} +- {100 * error:.2f}, by the network's confidence")
     if abs(drop := metrics["val_accuracy"] - expected) > error:
         warn(f"the network is {'less' if drop > 0 else 'more'} sure of the test rows than of the validation rows; they "
              "may be of another kind: python -m tools.check draws the test images that differ most; --group-column "

@@ -89,16 +89,21 @@ class Browser:
         self.call("Page.navigate", url=address)
         self.wait_for(f"location.href.startsWith({json.dumps(address)}) && document.readyState === 'complete'")
 
-    def stroke(self, points: list[tuple[float, float]]) -> None:
-        """Press the mouse at the first point of the page, move it along the others and release it."""
+    def stroke(self, points: list[tuple[float, float]], pointer: str = "mouse") -> None:
+        """Press mouse, pen or finger at the first point of the page, move it along the others and lift it."""
         def send(kind: str, point: tuple[float, float]) -> None:
-            self.call("Input.dispatchMouseEvent", type=kind, x=point[0], y=point[1], button="left", clickCount=1,
-                      buttons=int(kind != "mouseReleased"))
+            if pointer == "finger":
+                names = {"Pressed": "touchStart", "Moved": "touchMove", "Released": "touchEnd"}
+                touched = [] if kind == "Released" else [{"x": point[0], "y": point[1]}]
+                self.call("Input.dispatchTouchEvent", type=names[kind], touchPoints=touched)
+            else:
+                self.call("Input.dispatchMouseEvent", type=f"mouse{kind}", x=point[0], y=point[1], button="left",
+                          clickCount=1, buttons=int(kind != "Released"), pointerType=pointer)
 
-        send("mousePressed", points[0])
+        send("Pressed", points[0])
         for point in points[1:]:
-            send("mouseMoved", point)
-        send("mouseReleased", points[-1])
+            send("Moved", point)
+        send("Released", points[-1])
 
     def screenshot(self, path: Path) -> None:
         """Write a picture of the page."""

@@ -269,9 +269,10 @@ def test_a_run_says_what_to_expect_of_the_test_rows(main_in_process, command):
     metrics = json.loads((command.output / "run.json").read_text())["metrics"]
     assert status == 0 and "expected_test_accuracy" in metrics and metrics["expected_test_accuracy_error"] > 0, error
     expected = f"expected accuracy on the test rows {metrics['expected_test_accuracy']:.2%} +- "
-    *_, expected_line, kept, wrote, total = out.splitlines()
+    *_, expected_line, alone, kept, wrote, total = out.splitlines()
     assert (kept[:10], wrote[:6], total[:10]) == ("kept epoch", "wrote ", "total time"), "these stand last"
-    assert expected in expected_line and f"on the validation rows {metrics['val_accuracy']:.2%}" in out
+    assert expected in expected_line and "network alone" in alone and f"{metrics['val_accuracy']:.2%}, top 3" in kept
+    assert max(map(len, (expected_line, alone, kept))) <= 80
     status, out, _ = main_in_process(*QUICK, "--model", "tiny", "--folds", "2", "--no-resume")
     assert status == 0 and "expected accuracy on the test rows" in out.splitlines()[-1]
     status, out, _ = main_in_process(*QUICK, "--model", "tiny", "--train-val-split", "1", "--no-resume")

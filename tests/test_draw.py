@@ -207,15 +207,18 @@ def test_without_training_images_it_answers(trained, tmp_path, capsys):
 # ---- The page in a browser -------------------------------------------------------------------------------------------
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: install Debian's package chromium")
-def test_a_symbol_is_drawn_in_a_browser(server, tmp_path):
+@pytest.mark.parametrize("pointer", ["mouse", "pen", "finger"])
+def test_a_symbol_is_drawn_in_a_browser(server, tmp_path, pointer):
     names = "[...document.querySelectorAll('.answer .name')].map(name => name.textContent)"
     with Browser(tmp_path / "profile") as browser:
         browser.open(f"http://127.0.0.1:{server.server_port}/")
+        browser.value("pointers = new Set(); addEventListener('pointermove', event => pointers.add(event.pointerType))")
         left, top, side = browser.value("(box => [box.left, box.top, box.width])"
                                         "(document.querySelector('canvas').getBoundingClientRect())")
         for stroke in PLUS:
             points = np.linspace(*np.array(stroke), 20) * side * 0.8 + [left + 0.1 * side, top + 0.1 * side]
-            browser.stroke(points.tolist())
+            browser.stroke(points.tolist(), pointer)
+        assert browser.value("[...pointers].join()") == {"finger": "touch"}.get(pointer, pointer)
         browser.wait_for(f"({names}).length === 5 && ({names})[0] === '+'")
         browser.wait_for("[...document.images].length > 6 && [...document.images].every(image => image.complete)")
         assert browser.value("[...document.images].every(image => image.naturalWidth > 0)")
