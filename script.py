@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from pipeline import device, ensemble, files, folds, metrics, models, optim, outputs, plots, sources, splits, tables
 from pipeline.cli import check_fields, parse, pick
-from pipeline.clock import NO_LIMIT, TimeLimit, TrainingClock, time_limit
+from pipeline.clock import TimeLimit, TrainingClock, time_limit
 from pipeline.device import Runtime, memory_remedy, start_runtime
 from pipeline.distributed import distributed_data_parallel
 from pipeline.ensemble import EnsembleMember
@@ -466,20 +466,20 @@ def infer(model: nn.Module, dataset: MathSymbolDataset, rows: np.ndarray, view: 
     model.eval()
     runtime, ranks, config = dataset.runtime, dataset.runtime.ranks, dataset.config
     size = 128 if view else runtime.eval_batch_size  # the draws of a view do not depend on the batch size
-    parts, own = [], ranks.shard(np.arange(len(rows)))
+    own, outputs = ranks.shard(np.arange(len(rows))), torch.zeros(len(rows), 0)
     remedy = f"while predicting {size} images at a time; try --eval-batch-size {max(size // 2, 1)}"
     for first in tqdm(range(0, len(own), size), "predicting", leave=False, delay=3, disable=ranks.rank > 0 or None):
         places = own[first : first + size]
         seed = optim.step_seed(config.seed, view, int(places[0])) if view else None
         with runtime.autocast(), memory_remedy(remedy):
-            parts.append(model(dataset.batch(rows[places], seed)[0]).float().cpu())
-    width, = ranks.all_reduce_max(parts[0].shape[1] if parts else 0)  # a rank may have no row
-    outputs = torch.zeros(len(rows), int(width))
-    outputs[own] = torch.cat([outputs[:0], *parts])
+            found = model(dataset.batch(rows[places], seed)[0]).float().cpu()
+        outputs = outputs if outputs.shape[1] else torch.zeros(len(rows), found.shape[1])
+        outputs[places] = found  # kept in a list, small parts would break up the memory between two batches
+    width, = ranks.all_reduce_max(outputs.shape[1])
+    outputs = outputs if len(own) else torch.zeros(len(rows), int(width))
     # The vote may give probability 0, whose logarithm is minus infinity.
     if not (ranks.all_reduce_sum(outputs) < math.inf).all():
-        raise DataError("the network's outputs are not numbers for some images: its training diverged; lower "
-                        "--learning-rate")
+        raise DataError("the network gives no numbers for some images: its training diverged; lower --learning-rate")
     return outputs.numpy()
 
 
@@ -723,7 +723,7 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
         state.sums, state.seconds = totals.sums(), time.monotonic() - begun
 
     with tqdm(total=len(data.split.train_rows), initial=state.images, unit="img", unit_scale=True, leave=False,
-              disable=ranks.rank > 0 or None, desc=f"epoch {state.epoch}/{clock.last_epoch}",
+              disable=ranks.rank > 0 or None, desc=f"epoch {state.epoch}/{clock.expected_epochs(trainer.step)}",
               bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}") as bar:
         for number in range(state.step, len(batches)):
             progress, due, signal_number = ranks.all_reduce_max(
@@ -772,12 +772,12 @@ def validate(model: nn.Module, data: CompetitionData, clock: TrainingClock | Non
     return score(probabilities, data.dataset.targets[rows]) if len(rows) else {}
 
 
-def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, row: dict, last_epoch: int) -> None:
+def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, row: dict, epochs: int) -> None:
     """Print an epoch's metrics, save the network if it is the best, and write history.csv."""
     config, folder, writes = trainer.config, Path(trainer.config.output_dir), trainer.runtime.ranks.rank == 0
     skipped = float(trainer.skipped.counts[0])
     rate = state.images / state.seconds
-    print(metrics.describe_epoch(row, last_epoch, rate, skipped - state.skipped), flush=True)
+    print(metrics.describe_epoch(row, epochs, rate, skipped - state.skipped), flush=True)
     if config.schedule == "plateau":
         trainer.plateau.step(row["val_accuracy"])
     better = metrics.is_better(row, state.best, config.select_by)
@@ -790,7 +790,7 @@ def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, 
             pd.DataFrame(state.history, columns=metrics.HISTORY_COLUMNS).to_csv(temporary, index=False)
 
 
-def fit(config: Config, data: CompetitionData, limit: TimeLimit = NO_LIMIT, manager: CheckpointManager | None = None,
+def fit(config: Config, data: CompetitionData, limit: TimeLimit | None = None, manager: CheckpointManager | None = None,
         stops: StopSignals | None = None) -> pd.DataFrame:
     """Train a network by a resolved config and return its history, one row per epoch, as in history.csv.
 
@@ -822,7 +822,7 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit = NO_LIMIT, mana
                 with stops.hold(ranks.world_size > 1):  # the other ranks would wait for one that leaves
                     row |= validate(trainer.result, data, clock)
                 row["seconds"] = state.seconds + time.monotonic() - begun
-                finish_epoch(trainer, data, state, row, clock.last_epoch)
+                finish_epoch(trainer, data, state, row, clock.expected_epochs(trainer.step))
                 if config.min_steps and clock.settle([earlier["train_accuracy"] for earlier in state.history]):
                     print(f"the training accuracy has stopped rising: {clock.last_epoch - clock.settled} more epochs")
                     state.settled = clock.settled

@@ -28,9 +28,6 @@ class TimeLimit:
         return self.seconds - MARGIN * self.answers * seconds_per_answer
 
 
-NO_LIMIT = TimeLimit()
-
-
 def time_limit(max_minutes: float, used: float, fixed: float, answers: float, seconds_per_answer: float, folds: bool,
                must_train: bool) -> TimeLimit:
     """Return what is left of max_minutes. Raises UsageError if there is no time and a network is needed.
@@ -49,9 +46,10 @@ def time_limit(max_minutes: float, used: float, fixed: float, answers: float, se
 class TrainingClock:
     """The progress of training from 0 to 1, by steps or by time, whichever ends first."""
 
-    def __init__(self, epochs: int, steps_per_epoch: int, limit: TimeLimit = NO_LIMIT):
-        self.epochs, self.steps_per_epoch, self.limit, self.started = epochs, steps_per_epoch, limit, time.monotonic()
-        self.seconds_per_answer = limit.seconds_per_answer  # as measured last
+    def __init__(self, epochs: int, steps_per_epoch: int, limit: TimeLimit | None = None):
+        self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
+        self.limit, self.started = limit or TimeLimit(), time.monotonic()
+        self.seconds_per_answer = self.limit.seconds_per_answer  # as measured last
         self.earlier = 0.0  # seconds of training by earlier processes, which are not part of the limit
         self.settled = 0    # the epoch in which the training settled, 0 before
 
@@ -78,7 +76,12 @@ class TrainingClock:
     def epochs_left(self, progress: float, step: int) -> float:
         """Return how many epochs are still to come at this progress before this step, by the pace until now."""
         done = step / self.steps_per_epoch
-        return self.last_epoch - done if self.settled or not progress else done * (1 - progress) / progress
+        return self.last_epoch - done if self.settled or not step else done * (1 - progress) / progress
+
+    def expected_epochs(self, step: int) -> int:
+        """Return the epoch with which the training will end, by the pace until now."""
+        epochs = step / self.steps_per_epoch + self.epochs_left(self.progress(step), step)
+        return min(self.last_epoch, math.ceil(epochs - 1e-6))
 
     def seconds_left(self, progress: float) -> float:
         """Return the seconds that the rest of the training and the answers after it take, by the pace until now."""

@@ -38,10 +38,10 @@ def check_file_names(**names: str) -> None:
 
 def describe_rows(split: Split, train_rows: int, test_rows: int, extra_rows: np.ndarray,
                   statistics: ImageStatistics) -> str:
-    """Return one line about the rows and images of a run, and one about the extra rows, if there are any."""
+    """Return a line about the rows of a run, one about its images, and one about extra rows, if there are any."""
     own = int((split.train_rows < train_rows).sum())
-    text = (f"{own:,} rows to train on, {len(split.val_rows):,} to validate on, {test_rows:,} to predict; "
-            f"{statistics.described}, stored at {statistics.size} pixels")
+    text = (f"{own:,} rows to train on, {len(split.val_rows):,} to validate on, {test_rows:,} to predict\n"
+            f"images: {statistics.described}, stored at {statistics.size} pixels")
     if len(extra_rows):
         used = len(split.train_rows) - own
         text += f"\n{used:,} extra rows to train on; {len(extra_rows) - used:,} left out: copies of validation images"
@@ -75,7 +75,7 @@ def remove_leftovers(folder: Path, written: set[str], pictures: bool) -> None:
 
 
 def describe_result(metrics: dict, history: pd.DataFrame, voted: bool) -> str:
-    """Return the epoch that was kept and its metrics; in a line before, those of the network alone if there is a vote."""
+    """Return the kept epoch with its metrics, after a line with the last one's and the network's without a vote."""
     text = f"kept epoch {metrics['epoch']} of {len(history)}"
     if "val_accuracy" not in metrics:
         return text

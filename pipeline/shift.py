@@ -71,10 +71,7 @@ def mean_over_folds(records: list[dict]) -> dict[str, float]:
 
 
 def report_expected(metrics: dict[str, float]) -> None:
-    """Print the accuracy that is expected on the test rows, if there is such a figure.
-
-    Warns if that on validation rows differs by more than the figure's error.
-    """
+    """Print the accuracy that is expected on the test rows, if known; warn if the validation rows' is another."""
     if not all(name in metrics for name in FIGURES):
         return
     expected, error = (metrics[name] for name in FIGURES)

@@ -154,7 +154,7 @@ def report_copies(digests: list[bytes], test_digests: list[bytes]) -> None:
     found = [f"{own:,} labelled images have the pixels of an earlier one and stay on its side of the split"] * bool(own)
     found += [f"{shared:,} images to predict have the pixels of a labelled one"] * bool(shared)
     if found:
-        print("; ".join(found))
+        print("\n".join(found))
 
 
 def are_copies(images: np.ndarray, others: np.ndarray) -> np.ndarray:

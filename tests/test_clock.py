@@ -33,6 +33,16 @@ def test_a_clock_counts_time_where_it_runs_out_first():
     assert clock.progress(4) == 1
 
 
+def test_epochs_that_there_is_no_time_for_are_not_expected():
+    clock = TrainingClock(40, 1000, TimeLimit(1000))
+    assert clock.expected_epochs(0) == 40 and clock.epochs_left(clock.progress(0), 0) == 40
+    clock.started -= 250
+    assert clock.expected_epochs(999) == 4 and clock.expected_epochs(1200) == 5
+    clock.started -= 750
+    assert clock.expected_epochs(3700) == 4, "the last one is not complete"
+    assert TrainingClock(3, 10).expected_epochs(20) == 3
+
+
 def test_seconds_of_an_earlier_process_do_not_shorten_the_time_available():
     clock = TrainingClock(1000, 1000, TimeLimit(500))
     clock.earlier = 1500

@@ -514,7 +514,7 @@ def test_a_run_says_which_backgrounds_its_images_have():
     split = Split(np.arange(3), np.arange(3, 5))
     for background, words in ((255, "black on white"), (0, "white on black"), (None, "both backgrounds")):
         line = describe_rows(split, 5, 2, np.array([], dtype=int), ImageStatistics(background, 32, 4095))
-        assert line.endswith(f"; {words}, grey levels 0 to 4095, stored at 32 pixels")
+        assert line.endswith(f"\nimages: {words}, grey levels 0 to 4095, stored at 32 pixels")
 
 
 def test_a_network_of_both_backgrounds_reads_tables_of_one(tmp_path, capsys):

@@ -313,7 +313,7 @@ def test_equal_images_are_counted(capsys):
     digests, others = splits.image_digests(images), splits.image_digests(images[[1, 1, 4]])
     splits.report_copies(digests, others)
     assert capsys.readouterr().out == (
-        "1 labelled images have the pixels of an earlier one and stay on its side of the split; "
+        "1 labelled images have the pixels of an earlier one and stay on its side of the split\n"
         "3 images to predict have the pixels of a labelled one\n")
     splits.report_copies(digests[:3], [])
     assert capsys.readouterr().out == ""
