@@ -595,7 +595,7 @@ class Trainer:
     def __init__(self, config: Config, model: nn.Module, runtime: Runtime, smallest_batch: int):
         self.config, self.runtime, self.model, self.smallest_batch = config, runtime, model, smallest_batch
         self.step, self.updates, self.batches = 0, 0, 0  # batches: since the last optimizer step
-        self.learning_rate = config.learning_rate
+        self.learning_rate, self.current_config = config.learning_rate, config  # with the last step's image size
         ranks = runtime.ranks
         if ranks.joined and runtime.device.type == "cuda" and smallest_batch < SMALLEST_SHARD * ranks.world_size:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -739,10 +739,10 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
             seed = optim.step_seed(config.seed, state.epoch, trainer.step, ranks.rank)
             torch.manual_seed(seed ^ 1)  # for dropout, which uses the global generator
             size = optim.training_size(config.image_size, config.initial_size, progress)
+            if size != trainer.current_config.image_size:
+                trainer.current_config = dataclasses.replace(config, image_size=size)
             plain = clock.epochs_left(progress, trainer.step) < config.plain_epochs
-            dataset = data.dataset
-            if size != config.image_size:
-                dataset = dataset.for_network(dataclasses.replace(config, image_size=size))
+            dataset = data.dataset if size == config.image_size else data.dataset.for_network(trainer.current_config)
             inputs, classes, weights = dataset.batch(rows, None if plain else seed)
             targets = F.one_hot(classes, len(data.classes)).float()
             if weights is not None:
@@ -763,12 +763,12 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
     return {"train_loss": mean_loss, "train_accuracy": accuracy, "learning_rate": trainer.learning_rate}
 
 
-def validate(model: nn.Module, data: CompetitionData, clock: TrainingClock | None = None) -> dict[str, float]:
+def validate(trainer: Trainer, data: CompetitionData, clock: TrainingClock) -> dict[str, float]:
     """Return the metrics of the validation rows; empty if there are none. The clock learns how long an answer takes."""
-    rows, begun = data.split.val_rows, time.monotonic()
-    probabilities = predict(model, data.dataset, rows)
-    if clock and len(rows):
-        clock.seconds_per_answer = (time.monotonic() - begun) / len(rows)
+    rows, begun, size = data.split.val_rows, time.monotonic(), trainer.current_config.image_size
+    probabilities = predict(trainer.result, data.dataset.for_network(trainer.current_config), rows)
+    if len(rows):  # at the end images have their full size, and take longer
+        clock.seconds_per_answer = (time.monotonic() - begun) / len(rows) * (trainer.config.image_size / size) ** 2
     return score(probabilities, data.dataset.targets[rows]) if len(rows) else {}
 
 
@@ -776,14 +776,13 @@ def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, 
     """Print an epoch's metrics, save the network if it is the best, and write history.csv."""
     config, folder, writes = trainer.config, Path(trainer.config.output_dir), trainer.runtime.ranks.rank == 0
     skipped = float(trainer.skipped.counts[0])
-    rate = state.images / state.seconds
-    print(metrics.describe_epoch(row, epochs, rate, skipped - state.skipped), flush=True)
+    print(metrics.describe_epoch(row, epochs, state.images / state.seconds, skipped - state.skipped), flush=True)
     if config.schedule == "plateau":
         trainer.plateau.step(row["val_accuracy"])
     better = metrics.is_better(row, state.best, config.select_by)
     if better and writes:
-        save_checkpoint(folder / config.model_file, TrainedModel(
-            trainer.result, config, data.classes, data.dataset.statistics, row, data.dataset.table.labels_sha256))
+        save_checkpoint(folder / config.model_file, TrainedModel(trainer.result, trainer.current_config, data.classes,
+                        data.dataset.statistics, row, data.dataset.table.labels_sha256))
     state.finish_epoch(row, better, skipped)
     if writes:
         with files.atomic_write(folder / "history.csv") as temporary:
@@ -820,7 +819,7 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit | None = None, m
                     break
                 begun = time.monotonic()
                 with stops.hold(ranks.world_size > 1):  # the other ranks would wait for one that leaves
-                    row |= validate(trainer.result, data, clock)
+                    row |= validate(trainer, data, clock)
                 row["seconds"] = state.seconds + time.monotonic() - begun
                 finish_epoch(trainer, data, state, row, clock.expected_epochs(trainer.step))
                 if config.min_steps and clock.settle([earlier["train_accuracy"] for earlier in state.history]):
@@ -933,8 +932,10 @@ def finish_network(config: Config, data: CompetitionData) -> tuple[TrainedModel,
 
     The vote's index, and the metrics with it, are added to the checkpoint.
     """
-    path, dataset, rows = Path(config.output_dir, config.model_file), data.dataset, data.split.val_rows
-    best = dataset.runtime.ranks.broadcast_from_rank0(lambda: load_checkpoint(path)).without_knn
+    path = Path(config.output_dir, config.model_file)
+    best = data.dataset.runtime.ranks.broadcast_from_rank0(lambda: load_checkpoint(path)).without_knn
+    config = dataclasses.replace(config, image_size=best.config.image_size)  # smaller if an early epoch is the best
+    dataset, rows = data.dataset.for_network(config), data.split.val_rows
     if config.knn_neighbors:
         body, _ = split_head(dataset.runtime.to_device(best.model))
         features = torch.from_numpy(infer(body, dataset, data.split.train_rows))
@@ -964,8 +965,7 @@ def write_results(config: Config, data: CompetitionData, best: TrainedModel, his
         folds.save_validation(folder / "val_probabilities.npz", predictions, data.classes)
         plots.write_class_accuracy(folder, "", predictions, data.classes, data.latex, config.pictures)
     if config.pictures:
-        names = plots.class_names(data.classes, data.latex)
-        targets = data.dataset.targets
+        names, targets = plots.class_names(data.classes, data.latex), data.dataset.targets
         plots.plot_class_distribution(folder / "class_distribution.png", targets[: len(data.dataset.table)], names)
         plots.plot_samples(folder / "samples.png", data.split.train_rows, targets, names, data.dataset.ink)
         plots.plot_curves(folder / "curves.png", history, best.metrics["epoch"])

@@ -62,7 +62,8 @@ def train_once(flags: list[str], rows: int, seconds: float) -> dict[str, float]:
         history = script.fit(dataclasses.replace(config, output_dir=folder), without_validation, TimeLimit(seconds))
         seconds = time.monotonic() - started
         trained = script.load_checkpoint(Path(folder, config.model_file))
-    figures = script.validate(data.dataset.runtime.to_device(trained.model), data)
+    rows, model = data.split.val_rows, data.dataset.runtime.to_device(trained.model)
+    figures = script.score(script.predict(model, data.dataset, rows), data.dataset.targets[rows])
     return {**history.iloc[-1], **figures, "seconds": seconds}
 
 

@@ -228,21 +228,23 @@ def test_rows_of_a_small_weight_are_learned_less(tmp_path):
 
 
 def test_validate_returns_the_figures_of_the_validation_rows():
-    data = make_data()
-    model = script.build_model(SMALL, 4)
-    figures = script.validate(model, data)
-    probabilities = script.predict(model, data.dataset, data.split.val_rows)
+    data, clock = make_data(), TrainingClock(3, 4)
+    trainer = Trainer(SMALL, script.build_model(SMALL, 4), CPU, 8)
+    figures = script.validate(trainer, data, clock)
+    probabilities = script.predict(trainer.result, data.dataset, data.split.val_rows)
     assert figures == script.score(probabilities, data.dataset.targets[data.split.val_rows])
-    assert script.validate(model, dataclasses.replace(data, split=Split(np.arange(40), np.arange(0)))) == {}
+    assert clock.seconds_per_answer > 0
+    assert script.validate(trainer, dataclasses.replace(data, split=Split(np.arange(40), np.arange(0))), clock) == {}
 
 
 def test_train_returns_the_means_of_its_steps(tmp_path):
     """At a rate of nearly 0 they are those of the network that it began with."""
     config = into(tmp_path, learning_rate=1e-9, ema_decay=0.0, augment=False, label_smoothing=0.0, model="mlp")
     data, model = make_data(config), script.build_model(config, 4)
-    figures = script.train(Trainer(config, model, CPU, 8), data, TrainingState(), TrainingClock(3, 4),
-                           CheckpointManager(), StopSignals())
-    expected = script.validate(model, dataclasses.replace(data, split=Split(np.arange(0), data.split.train_rows)))
+    trainer, clock = Trainer(config, model, CPU, 8), TrainingClock(3, 4)
+    figures = script.train(trainer, data, TrainingState(), clock, CheckpointManager(), StopSignals())
+    shown = dataclasses.replace(data, split=Split(np.arange(0), data.split.train_rows))
+    expected = script.validate(trainer, shown, clock)
     assert figures["train_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
     assert figures["train_accuracy"] == pytest.approx(expected["val_accuracy"])
 
@@ -426,6 +428,22 @@ def test_images_grow_and_the_last_epochs_are_not_augmented(tmp_path, monkeypatch
     assert [size for size, _ in recorded] == sorted(size for size, _ in recorded) and len(recorded) == 3 * steps
     assert {size for size, _ in recorded} == {8, 12, 16} and recorded[-1][0] == recorded[steps * 2][0] == 16
     assert sum(augmented for _, augmented in recorded) == round(1.5 * steps) and recorded[0][1] and not recorded[-1][1]
+
+
+def test_an_epoch_of_small_images_is_validated_and_kept_at_their_size(tmp_path, monkeypatch):
+    config = into(tmp_path, image_size=16, initial_size=0.5, plain_epochs=0.0, num_epochs=4, knn_neighbors=5)
+    data = make_data(config)
+    monkeypatch.setattr(script.metrics, "is_better", lambda row, best, select_by: row["epoch"] == 1)
+    history = script.fit(config, data)
+    trained = kept(config)
+    assert trained.config.image_size == 8 and trained.metrics["epoch"] == 1
+    rows = data.split.val_rows
+    probabilities = script.predict(trained.model, data.dataset.for_network(trained.config), rows)
+    loss = script.score(probabilities, data.dataset.targets[rows])["val_loss"]
+    assert loss == pytest.approx(history.val_loss[0], rel=1e-5)
+    best, predictions = script.finish_network(config, data)
+    assert best.config.image_size == kept(config).config.image_size == 8
+    assert (predictions.probabilities == script.predict(best.model, data.dataset.for_network(best.config), rows)).all()
 
 
 def test_the_remedy_for_a_divergence_works(tmp_path):
