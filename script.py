@@ -703,7 +703,7 @@ def snapshot(trainer: Trainer, state: TrainingState, clock: TrainingClock) -> di
 
 def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: TrainingClock,
           manager: CheckpointManager, stops: StopSignals) -> dict[str, float]:
-    """Train one epoch, or its rest, or as much as there is time for. Return train_loss, train_accuracy, learning_rate.
+    """Train one epoch, or its rest, or as much as there is time for. Return its metrics and size of images.
 
     Raises DataError if training has diverged, and Stopped after the step in which a signal came.
     """
@@ -759,8 +759,8 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
             if update and trainer.updates % STEPS_PER_CHECK == 0:
                 trainer.skipped.check(state.best)
     synchronize()
-    mean_loss, accuracy = metrics.means(state.sums)
-    return {"train_loss": mean_loss, "train_accuracy": accuracy, "learning_rate": trainer.learning_rate}
+    return dict(zip(("train_loss", "train_accuracy"), metrics.means(state.sums)), learning_rate=trainer.learning_rate,
+                image_size=trainer.current_config.image_size)
 
 
 def validate(trainer: Trainer, data: CompetitionData, clock: TrainingClock) -> dict[str, float]:
@@ -932,8 +932,8 @@ def finish_network(config: Config, data: CompetitionData) -> tuple[TrainedModel,
 
     The vote's index, and the metrics with it, are added to the checkpoint.
     """
-    path = Path(config.output_dir, config.model_file)
-    best = data.dataset.runtime.ranks.broadcast_from_rank0(lambda: load_checkpoint(path)).without_knn
+    path, ranks = Path(config.output_dir, config.model_file), data.dataset.runtime.ranks
+    best = ranks.broadcast_from_rank0(lambda: load_checkpoint(path)).without_knn
     config = dataclasses.replace(config, image_size=best.config.image_size)  # smaller if an early epoch is the best
     dataset, rows = data.dataset.for_network(config), data.split.val_rows
     if config.knn_neighbors:
@@ -949,7 +949,7 @@ def finish_network(config: Config, data: CompetitionData) -> tuple[TrainedModel,
     if config.knn_neighbors:
         figures = score(predictions.probabilities, predictions.targets) if predictions else {}
         best = dataclasses.replace(best, config=config, metrics={**best.metrics, **figures})
-        if dataset.runtime.ranks.rank == 0:
+        if ranks.rank == 0:
             save_checkpoint(path, best)
     return best, predictions
 
