@@ -595,7 +595,7 @@ class Trainer:
     def __init__(self, config: Config, model: nn.Module, runtime: Runtime, smallest_batch: int):
         self.config, self.runtime, self.model, self.smallest_batch = config, runtime, model, smallest_batch
         self.step, self.updates, self.batches = 0, 0, 0  # batches: since the last optimizer step
-        self.learning_rate, self.current_config = config.learning_rate, config  # with the last step's image size
+        self.learning_rate, self.current_config = config.learning_rate, config  # of the last step, by its size
         ranks = runtime.ranks
         if ranks.joined and runtime.device.type == "cuda" and smallest_batch < SMALLEST_SHARD * ranks.world_size:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -703,7 +703,7 @@ def snapshot(trainer: Trainer, state: TrainingState, clock: TrainingClock) -> di
 
 def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: TrainingClock,
           manager: CheckpointManager, stops: StopSignals) -> dict[str, float]:
-    """Train one epoch, or its rest, or as much as there is time for. Return its metrics and size of images.
+    """Train one epoch, or its rest, or as much as there is time for. Return train_loss, train_accuracy and more.
 
     Raises DataError if training has diverged, and Stopped after the step in which a signal came.
     """
