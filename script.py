@@ -703,7 +703,7 @@ def snapshot(trainer: Trainer, state: TrainingState, clock: TrainingClock) -> di
 
 def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: TrainingClock,
           manager: CheckpointManager, stops: StopSignals) -> dict[str, float]:
-    """Train one epoch, or its rest, or as much as there is time for. Return train_loss, train_accuracy and more.
+    """Train one epoch, or its rest, or as much as there is time for. Return its metrics and image size.
 
     Raises DataError if training has diverged, and Stopped after the step in which a signal came.
     """
