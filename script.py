@@ -55,7 +55,7 @@ from tqdm import tqdm
 
 from pipeline import device, ensemble, files, folds, metrics, models, optim, outputs, plots, sources, splits, tables
 from pipeline.cli import check_fields, parse, pick
-from pipeline.clock import TimeLimit, TrainingClock, time_limit
+from pipeline.clock import VOTE_SHARE, TimeLimit, TrainingClock, time_limit
 from pipeline.device import Runtime, memory_remedy, start_runtime
 from pipeline.distributed import distributed_data_parallel
 from pipeline.ensemble import EnsembleMember
@@ -70,7 +70,7 @@ from pipeline.pixel_tables import PIXEL
 from pipeline.presets import LIMITS, MOST_USED, PRESETS, RECIPES
 from pipeline.resume import CheckpointManager, TrainingState, compare_fingerprints, stored_precision
 from pipeline.shift import expected_accuracy, mean_over_folds, report_expected
-from pipeline.signals import Stopped, StopSignals, exit_status
+from pipeline.signals import Stopped, StopSignals, end_process, exit_status
 from pipeline.sources import Table, TableSource
 from pipeline.splits import Split, SplitSettings
 from pipeline.submission import submission_form
@@ -110,11 +110,11 @@ class Config:
 
     # Model
     model: str = "auto"                 # resnet, cnn, digit-cnn, mlp, tiny, torchvision:NAME, or auto: resnet or cnn
-    weights: str = ""                   # initial weights: a checkpoint, torchvision (pretrained), or a file of those
+    weights: str = ""                   # initial weights: a checkpoint, torchvision (pretrained), or a file of weights
     freeze_epochs: int = 0              # epochs in which only the last layer is trained
-    normalize: Literal["none", "standard", "min-max"] = "none"  # by mean and deviation of all pixels, or each's range
+    normalize: Literal["none", "standard", "min-max"] = "none"  # by all pixels' mean and deviation, or each's range
     image_size: int | None = None       # side of the network's input in pixels
-    initial_size: float | None = None   # share of it that training starts with; the last 40 % have all of it
+    initial_size: float | None = None   # share of it that training begins with; its last 40 % have all of it
     dropout: float | None = None        # dropout before the last layer (less in the stages of cnn)
     knn_neighbors: int = 30             # training images in the nearest-neighbour vote beside the network (0: no vote)
     knn_weight: float = 0.2             # weight of that vote; the network has the rest
@@ -164,7 +164,7 @@ class Config:
     brightness: float = 0.0             # largest share by which ink is made fainter
     contrast: float = 0.0               # bend of the grey levels between background and full ink
     erasing: float = 0.0                # probability that a rectangle is erased (arXiv:1708.04896)
-    edge_softening: float = 0.1         # images that are not resampled: share of ink that each neighbour gets
+    edge_softening: float = 0.1         # of images that are not warped: share of ink that each neighbour gets
 
     # Prediction
     tta: int = 1                        # predict, evaluate: views of an image that are averaged, the first unchanged
@@ -511,12 +511,9 @@ class TrainedModel:
 def ensemble_predict(members: list[TrainedModel], dataset: MathSymbolDataset, tta: int = 1) -> np.ndarray:
     """Return the mean probabilities, float32 [rows, classes], of networks of the same classes and image statistics."""
     ensemble.check_same_classes([EnsembleMember("a network", member.classes) for member in members])
-    total = 0
-    for member in members:
-        own = dataset.for_network(member.config)
-        probabilities = predict(dataset.runtime.to_device(member.model), own, tta=tta)
-        total = total + probabilities[:, [member.classes.index(label) for label in members[0].classes]]
-    return total / len(members)
+    each = (predict(dataset.runtime.to_device(member.model), dataset.for_network(member.config), tta=tta)
+            [:, [member.classes.index(label) for label in members[0].classes]] for member in members)
+    return sum(each) / len(members)
 
 
 def save_checkpoint(path: Path, trained: TrainedModel) -> None:
@@ -692,7 +689,7 @@ class Trainer:
         self.skipped.counts.copy_(state["skipped"])
         self.step, self.updates = state["counts"]
         self.learning_rate = float(self.optimizer.param_groups[0]["lr"])
-        self.statistics.restart()
+        self.statistics.keep_if(torch.ones_like(self.finite))  # what was restored
 
 
 def snapshot(trainer: Trainer, state: TrainingState, clock: TrainingClock) -> dict:
@@ -908,8 +905,10 @@ def run_fingerprint(config: Config, data: CompetitionData) -> dict:
 def measure_limit(config: Config, data: CompetitionData, started: float, manager: CheckpointManager) -> TimeLimit:
     """Return the time that max_minutes leaves, measuring the pace of answers; without it only how many they are."""
     runtime, rows, val_rows = data.dataset.runtime, data.split.train_rows, len(data.split.val_rows)
+    test_rows = len(data.test or ()) * (2 if config.folds else 1)  # of folds alone, and averaged
+    votes = config.knn_neighbors > 0
     if not config.max_minutes:
-        return TimeLimit(answers=2 * val_rows + len(data.test or ()) + len(rows) * (config.knn_neighbors > 0))
+        return TimeLimit(answers=2 * val_rows + test_rows + len(rows) * votes, votes=votes)
 
     def seconds_per_image(model: nn.Module) -> float:
         model, sample = runtime.to_device(model), rows[: 4 * runtime.eval_batch_size]
@@ -917,26 +916,28 @@ def measure_limit(config: Config, data: CompetitionData, started: float, manager
         return min(seconds) / len(sample)  # the first is slowed by set-up
 
     model = build_model(config, len(data.classes))
-    alone = answer = seconds_per_image(model)
-    if config.knn_neighbors:
-        answer = seconds_per_image(KNNClassifier(model, config.knn_neighbors, 0.0, empty_knn_index(model, len(rows))))
-    test_rows = len(data.test or ()) * (2 if config.folds else 1)  # of folds alone, and averaged
-    answers = val_rows + len(rows) * (config.knn_neighbors > 0) + answer / alone * (val_rows + test_rows)
-    fixed = 4 + 4 * config.pictures  # seconds to import, write, exit and draw
-    used, alone = runtime.ranks.all_reduce_max(time.monotonic() - started, alone)
-    return time_limit(config.max_minutes, used, fixed, answers, alone, bool(config.folds), not manager.found)
+    alone, vote = seconds_per_image(model), 0.0
+    if votes:  # features of all training rows, and longer answers
+        voting = KNNClassifier(model, config.knn_neighbors, 0.0, empty_knn_index(model, len(rows)))
+        vote = len(rows) * alone + (val_rows + test_rows) * (seconds_per_image(voting) - alone)
+    fixed = 6 + 4 * config.pictures  # seconds to import, write, exit and draw
+    used, alone, vote = runtime.ranks.all_reduce_max(time.monotonic() - started, alone, vote)
+    if votes and vote > VOTE_SHARE * (60 * config.max_minutes - used + manager.elapsed):
+        print(f"no nearest-neighbour vote, which would take {vote:.0f} s: training gains more in that time")
+        votes = False
+    answers = 2 * val_rows + test_rows + vote / alone * votes
+    return time_limit(config.max_minutes, used, fixed, answers, alone, votes, bool(config.folds), not manager.found)
 
 
-def finish_network(config: Config, data: CompetitionData) -> tuple[TrainedModel, Predictions | None]:
-    """Return the best epoch's network with its nearest-neighbour vote, and its predictions of the validation rows.
-
-    The vote's index, and the metrics with it, are added to the checkpoint.
+def finish_network(config: Config, data: CompetitionData, votes: bool) -> tuple[TrainedModel, Predictions | None]:
+    """Return the best epoch's network and its predictions of the validation rows, with its nearest-neighbour vote or
+    without. The vote's index, and the metrics with it, are added to the checkpoint.
     """
     path, ranks = Path(config.output_dir, config.model_file), data.dataset.runtime.ranks
     best = ranks.broadcast_from_rank0(lambda: load_checkpoint(path)).without_knn
     config = dataclasses.replace(config, image_size=best.config.image_size)  # smaller if an early epoch is the best
     dataset, rows = data.dataset.for_network(config), data.split.val_rows
-    if config.knn_neighbors:
+    if votes:
         body, _ = split_head(dataset.runtime.to_device(best.model))
         features = torch.from_numpy(infer(body, dataset, data.split.train_rows))
         index = build_knn_index(features, torch.from_numpy(dataset.targets[data.split.train_rows]))
@@ -946,7 +947,7 @@ def finish_network(config: Config, data: CompetitionData) -> tuple[TrainedModel,
     if len(rows):
         probabilities = predict(dataset.runtime.to_device(best.model), dataset, rows)
         predictions = Predictions(rows, dataset.targets[rows], probabilities, lambda places: dataset.ink(rows[places]))
-    if config.knn_neighbors:
+    if votes:
         figures = score(predictions.probabilities, predictions.targets) if predictions else {}
         best = dataclasses.replace(best, config=config, metrics={**best.metrics, **figures})
         if ranks.rank == 0:
@@ -984,8 +985,9 @@ def run_one(config: Config, data: CompetitionData, stops: StopSignals, started: 
         manager = CheckpointManager(folder, own, ranks, config.checkpoint_minutes, config.resume, config.model_file,
                                     started)
         started -= manager.elapsed
-        history = fit(config, data, measure_limit(config, data, started - reserved, manager), manager, stops)
-        best, predictions = finish_network(config, data)
+        limit = measure_limit(config, data, started - reserved, manager)
+        history = fit(config, data, limit, manager, stops)
+        best, predictions = finish_network(config, data, limit.votes)
         probabilities, figures = ensemble_predict([best], data.test) if data.test else None, best.metrics
         if predictions and data.test:
             figures = figures | expected_accuracy(predictions, probabilities[data.test.table.usable_rows])
@@ -996,8 +998,8 @@ def run_one(config: Config, data: CompetitionData, stops: StopSignals, started: 
             manager.discard()
             written = [config.model_file, *[config.submission_file] * bool(data.test), "history.csv", "run.json"]
             report_expected(figures)
-            print(outputs.describe_result(best.metrics, history, config.knn_neighbors > 0),
-                  outputs.describe_files(written, config.pictures, folder), outputs.describe_time(started), sep="\n")
+            print(outputs.describe_result(best.metrics, history, limit.votes),
+                  outputs.describe_end(written, config.pictures, folder, started), sep="\n")
     return time.monotonic() - started
 
 
@@ -1028,8 +1030,8 @@ def write_folds(config: Config, every: list[Config], records: list[dict], data: 
     outputs.remove_leftovers(folder, written | VALIDATION_FILES - {"val_probabilities.npz"}, config.pictures)
     written = [*[f"{config.submission_file} of the {config.folds} networks' mean"] * bool(data.test),
                "oof_probabilities.npz", "class_accuracy.csv", "run.json"]
-    print(folds.describe_folds(figures), outputs.describe_files(written, config.pictures, folder), sep="\n")
     report_expected(figures)
+    print(folds.describe_folds(figures), outputs.describe_end(written, config.pictures, folder, started), sep="\n")
 
 
 def fold_config(config: Config, fold: int) -> Config:
@@ -1132,7 +1134,7 @@ def predict_command(config: Config, names: list[str], started: float) -> None:
     probabilities, _ = average_members(members, table, config, runtime)
     if runtime.ranks.rank:
         return
-    networks = ensemble.count_networks(members)
+    networks = sum(member.networks for member in members)
     outputs.write_answers(folder / config.submission_file, table, probabilities, members[0].classes,
                           networks if config.save_probabilities else None)
     what = "one network" if networks == 1 else f"the mean of {networks} networks"
@@ -1161,8 +1163,7 @@ def evaluate_command(config: Config, names: list[str], started: float) -> None:
     print(f"{len(rows):,} rows of {table.path}: {metrics.describe_score(score(probabilities[rows], targets[rows]))}")
     if len(classes) <= plots.LARGEST_MATRIX:
         print(metrics.describe_class_accuracy(predictions, classes))
-    written = outputs.describe_files(["evaluation_class_accuracy.csv"], config.pictures, folder)
-    print(f"{written}; {time.monotonic() - started:.1f} s")
+    print(outputs.describe_end(["evaluation_class_accuracy.csv"], config.pictures, folder, started))
 
 
 # ---- The command line -----------------------------------------------------------------------------------------------
@@ -1196,5 +1197,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if status := main(None if "__file__" in globals() else []):  # in a notebook cell, sys.argv is the kernel's
-        sys.exit(status)
+    end_process(main(None if "__file__" in globals() else []))  # in a notebook cell, sys.argv is the kernel's

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.errors import UsageError
 
+VOTE_SHARE = 0.15     # of the time, beyond which training gains more than the nearest-neighbour vote
 MARGIN = 1.15         # of the time that the answers after the training are expected to take
 SETTLED_STEPS = 25    # least number of steps whose training accuracy is compared with that of the steps before
 SETTLED_GAIN = 0.01   # rise of it below which a training has settled
@@ -22,19 +23,20 @@ class TimeLimit:
     seconds: float = math.inf
     answers: float = 0.0
     seconds_per_answer: float = 0.0
+    votes: bool = False  # whether answers include the nearest-neighbour vote
 
     def for_training(self, seconds_per_answer: float) -> float:
         """Return the seconds that are left for training if an answer takes so long."""
         return self.seconds - MARGIN * self.answers * seconds_per_answer
 
 
-def time_limit(max_minutes: float, used: float, fixed: float, answers: float, seconds_per_answer: float, folds: bool,
-               must_train: bool) -> TimeLimit:
+def time_limit(max_minutes: float, used: float, fixed: float, answers: float, seconds_per_answer: float, votes: bool,
+               folds: bool, must_train: bool) -> TimeLimit:
     """Return what is left of max_minutes. Raises UsageError if there is no time and a network is needed.
 
     `used` seconds are gone, and `fixed` ones go for what does not depend on the number of images.
     """
-    limit = TimeLimit(60 * max_minutes - used - fixed, answers, seconds_per_answer)
+    limit = TimeLimit(60 * max_minutes - used - fixed, answers, seconds_per_answer, votes)
     left = limit.for_training(seconds_per_answer)
     if left <= 0 and must_train:
         raise UsageError(f"--max-minutes {max_minutes:g} leaves no time to train: {used:.0f} s are used"

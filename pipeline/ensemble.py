@@ -57,16 +57,11 @@ def source_for(members: list[EnsembleMember], source: TableSource | None) -> Tab
         **{name: getattr(source, name) or getattr(trained[0], name) for name in names})
 
 
-def count_networks(members: list[EnsembleMember]) -> int:
-    """Return the number of networks that the members' mean is of."""
-    return sum(member.networks for member in members)
-
-
 def average(members: list[EnsembleMember], predict: Callable[[EnsembleMember], np.ndarray]) -> np.ndarray:
     """Return the networks' mean probabilities [N, classes], float32, with the classes in the first member's order."""
     total = sum(member.networks * predict(member)[:, pd.Index(member.classes).get_indexer(members[0].classes)]
                 for member in members)
-    return total / count_networks(members)
+    return total / sum(member.networks for member in members)
 
 
 def save_probabilities(path: Path, table: Table, probabilities: np.ndarray, classes: list[str], networks: int) -> None:

@@ -133,10 +133,6 @@ class BatchNormStatistics:
         self.before, self.debias = self.vector.clone(), debias  # before: after the last optimizer step
         self.momentum = max(getattr(layer, "momentum", None) or 0.0 for layer in model.modules()) or 0.1
 
-    def restart(self) -> None:
-        """Take the present values as those after the last optimizer step."""
-        self.before.copy_(self.vector)
-
     def average_over_ranks(self, ranks: Ranks, finite: Tensor) -> Tensor:
         """Give all ranks the mean of their changes. Return 1 if `finite` is 1 on all ranks, else 0."""
         if not ranks.joined:

@@ -86,12 +86,8 @@ def describe_result(metrics: dict, history: pd.DataFrame, voted: bool) -> str:
             f"class {metrics['val_class_accuracy']:.2%}")
 
 
-def describe_files(files: list[str], pictures: bool, folder: Path) -> str:
-    """Return one line with the files that were written."""
-    return f"wrote {', '.join(files)}{' and pictures' if pictures else ''} in {folder.resolve()}"
-
-
-def describe_time(started: float) -> str:
-    """Return one line with the time since `started` and the peak memory."""
+def describe_end(files: list[str], pictures: bool, folder: Path, started: float) -> str:
+    """Return a line with the files that were written, and one with the time since `started` and the peak memory."""
     minutes, seconds = divmod(round(time.monotonic() - started), 60)
-    return f"total time {minutes} min {seconds} s, peak memory {peak_memory_gb()} GB"
+    return (f"wrote {', '.join(files)}{' and pictures' if pictures else ''} in {folder.resolve()}\n"
+            f"total time {minutes} min {seconds} s, peak memory {peak_memory_gb()} GB")

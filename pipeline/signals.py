@@ -1,5 +1,6 @@
 """SIGINT, SIGTERM and SIGUSR1 end a run in an orderly way; exceptions become exit statuses."""
 
+import atexit
 import contextlib
 import os
 import signal
@@ -8,7 +9,7 @@ import threading
 from collections.abc import Callable
 
 from pipeline.device import is_out_of_memory
-from pipeline.distributed import is_lost_rank, leave_ranks
+from pipeline.distributed import is_launched, is_lost_rank, leave_ranks
 from pipeline.errors import DataError, first_line, launch_rank
 
 # Windows has two of the three.
@@ -103,3 +104,13 @@ def exit_status(action: Callable[[StopSignals], object], stopped: str) -> int:
         return 128 + number
     print(f"{name}: {fault}", file=sys.stderr)
     return status
+
+
+def end_process(status: int) -> None:
+    """End the process with an exit status; without torchrun, return if it is 0."""
+    if is_launched():  # while Python is taken down, a thread of gloo that drops its last tensor would abort the rank
+        atexit._run_exitfuncs()
+        print(end="", flush=True)
+        os._exit(status)
+    if status:
+        sys.exit(status)

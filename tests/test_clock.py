@@ -66,12 +66,13 @@ def test_a_clock_leaves_as_much_time_for_the_answers_as_they_were_last_seen_to_t
 
 
 def test_a_limit_is_what_is_not_used_or_fixed():
-    limit = time_limit(10, used=100, fixed=20, answers=1000, seconds_per_answer=0.1, folds=False, must_train=True)
-    assert limit.seconds == 480 and limit.for_training(0.1) == pytest.approx(480 - 100 * MARGIN)
+    limit = time_limit(10, used=100, fixed=20, answers=1000, seconds_per_answer=0.1, votes=True, folds=False,
+                       must_train=True)
+    assert limit.votes and limit.seconds == 480 and limit.for_training(0.1) == pytest.approx(480 - 100 * MARGIN)
     with pytest.raises(UsageError, match=r"^--max-minutes 10 leaves no time to train: 500 s are used or reserved for "
                                          r"other folds, validation and prediction take 130 s; allow more minutes$"):
-        time_limit(10, 500, 20, 1000, 0.11 / MARGIN, folds=True, must_train=True)
-    assert time_limit(10, 500, 20, 1000, 0.1, folds=True, must_train=False).for_training(0.1) < 0
+        time_limit(10, 500, 20, 1000, 0.11 / MARGIN, votes=True, folds=True, must_train=True)
+    assert time_limit(10, 500, 20, 1000, 0.1, votes=True, folds=True, must_train=False).for_training(0.1) < 0
 
 
 def test_a_limit_of_no_time_is_none():

@@ -247,6 +247,18 @@ def test_shards_are_contiguous_and_complete(total, count):
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
+def test_a_rank_ends_although_a_thread_still_holds_tensors():
+    """Python's own end aborts then: "terminate called without an active exception"."""
+    code = ("import atexit, threading, time, torch\nfrom pipeline.signals import end_process\n"
+            "def add():\n    while True:\n        torch.ones(100) + 1\n"
+            "threading.Thread(target=add, daemon=True).start(); atexit.register(print, 'left'); time.sleep(0.2)\n"
+            "print('ended')\n")
+    ends = [subprocess.run([sys.executable, "-c", f"{code}{end}"], cwd=REPOSITORY, capture_output=True, text=True,
+                           env={**os.environ, "TORCHELASTIC_RUN_ID": "1"})
+            for end in ("end_process(0)", "end_process(3)")]
+    assert [(end.returncode, end.stdout) for end in ends] == [(0, "ended\nleft\n"), (3, "ended\nleft\n")]
+
+
 def test_one_rank_needs_no_communication():
     ranks = Ranks()
     assert not is_launched() and join_ranks(torch.device("cpu")) == ranks

@@ -105,4 +105,4 @@ def test_commands_of_a_page_work_in_their_order(page, tmp_path):
         if command := shortened(line, port):
             done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True,
                                   env=environment)
-            assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[-2000:]}"
+            assert done.returncode == 0, f"{line}\n{done.stdout[-1000:]}\n{done.stderr[:2000]}\n{done.stderr[-2000:]}"

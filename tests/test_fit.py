@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -317,6 +318,16 @@ def test_the_nearest_neighbour_vote_is_part_of_what_prediction_takes():
     assert seconds_left(config, many) < seconds_left(without, many) - 1
 
 
+def test_a_vote_that_takes_too_much_of_the_time_is_left_out(monkeypatch, capsys):
+    config, data = dataclasses.replace(SMALL, max_minutes=1000.0, knn_neighbors=5), make_data()
+    votes, none = [script.measure_limit(config, data, time.monotonic(), CheckpointManager())
+                   for share in (1.0, 1e-9) if not monkeypatch.setattr(script, "VOTE_SHARE", share)]
+    assert votes.votes and not none.votes and none.answers < votes.answers
+    assert re.fullmatch(r"no nearest-neighbour vote, which would take \d+ s: .*\n", capsys.readouterr().out)
+    assert not script.measure_limit(dataclasses.replace(config, knn_neighbors=0), data, time.monotonic(),
+                                    CheckpointManager()).votes
+
+
 def test_without_validation_rows_the_answers_keep_their_time(tmp_path, monkeypatch):
     """There is nothing to measure them by, and an empty validation takes no time."""
     clocks = []
@@ -441,7 +452,7 @@ def test_an_epoch_of_small_images_is_validated_and_kept_at_their_size(tmp_path, 
     probabilities = script.predict(trained.model, data.dataset.for_network(trained.config), rows)
     loss = script.score(probabilities, data.dataset.targets[rows])["val_loss"]
     assert loss == pytest.approx(history.val_loss[0], rel=1e-5)
-    best, predictions = script.finish_network(config, data)
+    best, predictions = script.finish_network(config, data, votes=True)
     assert best.config.image_size == kept(config).config.image_size == 8
     assert (predictions.probabilities == script.predict(best.model, data.dataset.for_network(best.config), rows)).all()
 
@@ -476,7 +487,7 @@ def test_features_too_large_for_the_nearest_neighbour_vote_are_refused(tmp_path)
     script.save_checkpoint(tmp_path / "best_model.pth", script.TrainedModel(
         model, config, data.classes, data.dataset.statistics, {"epoch": 1}, ""))
     with pytest.raises(DataError, match="too large for the nearest-neighbour vote: its training diverged"):
-        script.finish_network(config, data)
+        script.finish_network(config, data, votes=True)
 
 
 # ---- Memory ---------------------------------------------------------------------------------------------------------
@@ -704,7 +715,7 @@ def test_a_checkpoint_holds_the_index_of_the_nearest_neighbour_vote(tmp_path):
     config = into(tmp_path, num_epochs=1, knn_neighbors=5)
     data = make_data(config)
     script.fit(config, data)
-    finished, predictions = script.finish_network(config, data)
+    finished, predictions = script.finish_network(config, data, votes=True)
     trained = kept(config)
     rows = data.split.val_rows
     assert trained.metrics["val_accuracy"] == predictions.correct.mean()

@@ -75,7 +75,7 @@ def test_the_index_knows_the_training_images_and_is_saved_with_the_checkpoint(tm
     data = make_data(config, 23, np.arange(15), np.arange(15, 23))
     alone = TrainedModel(script.build_model(config, 5), config, data.classes, data.dataset.statistics, {"epoch": 1}, "")
     script.save_checkpoint(tmp_path / "best_model.pth", alone)
-    best, predictions = script.finish_network(config, data)
+    best, predictions = script.finish_network(config, data, votes=True)
     probabilities = script.ensemble_predict([best], data.dataset)
     assert (probabilities[:15].argmax(axis=1) == data.dataset.targets[:15]).all()
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-5)
@@ -90,12 +90,12 @@ def test_the_index_knows_the_training_images_and_is_saved_with_the_checkpoint(tm
     assert np.allclose(network, script.predict(alone.model, data.dataset), atol=1e-6)
 
 
-def test_without_neighbors_there_is_no_index(tmp_path):
+def test_without_the_vote_there_is_no_index(tmp_path):
     config = Config(model="tiny", image_size=8, dropout=0.0, knn_neighbors=0, output_dir=str(tmp_path))
     data = make_data(config, 23, np.arange(15), np.arange(15, 23))
     alone = TrainedModel(script.build_model(config, 5), config, data.classes, data.dataset.statistics, {"epoch": 1}, "")
     script.save_checkpoint(tmp_path / "best_model.pth", alone)
-    best, predictions = script.finish_network(config, data)
+    best, predictions = script.finish_network(config, data, votes=False)
     assert not isinstance(best.model, KNNClassifier) and len(predictions.rows) == 8
     assert torch.load(tmp_path / "best_model.pth", weights_only=True)["knn"] == {}
 

@@ -280,12 +280,12 @@ def test_one_rank_keeps_its_own_statistics():
     assert statistics.average_over_ranks(Ranks(), ZERO) is ZERO and torch.equal(statistics.vector, before)
 
 
-def test_restart_keeps_restored_values():
+def test_values_restored_before_the_first_step_are_kept():
     layer = nn.BatchNorm1d(4)
     statistics = BatchNormStatistics(layer)
     layer.load_state_dict({"weight": torch.ones(4), "bias": torch.zeros(4), "running_mean": torch.full((4,), 3.0),
                            "running_var": torch.full((4,), 2.0), "num_batches_tracked": torch.tensor(5)})
-    statistics.restart()
+    statistics.keep_if(torch.ones(()))
     layer(torch.full((8, 4), math.nan))
     statistics.keep_if(ZERO)
     assert (layer.running_mean == 3).all() and (layer.running_var == 2).all()

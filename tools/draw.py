@@ -160,7 +160,7 @@ class Recognizer:
         self.like = Preparation() if images is None else describe_training_images(images)
         self.keys = self.model.keys.float() if isinstance(self.model, KNNClassifier) else None
         if images is not None and (self.keys is None or len(self.keys) != len(images)):
-            warn("the checkpoint's nearest-neighbour index is not of these training images alone, so none are shown")
+            warn("the checkpoint has no nearest-neighbour index of these training images alone, so none are shown")
             self.keys = None
         self.lock = threading.Lock()  # an answer uses all cores
 
