@@ -99,18 +99,18 @@ def test_evaluate_repeats_the_metrics_of_the_validation_rows(finished, tmp_path)
     assert (table.accuracy * table.images).sum() / 10 == pytest.approx(metrics["val_accuracy"])
 
 
-def test_evaluate_refuses_unknown_label(finished, tmp_path):
+def test_evaluate_refuses_unknown_label(finished, tmp_path, capsys):
     command, _ = finished
     train = pd.read_csv(command.data / "train.csv", dtype=str)
     train.loc[3, "label"] = "88"
     train.to_csv(tmp_path / "labelled.csv", index=False)
-    again = Command(command.data, tmp_path / "out", command.cache)
-    done = again("evaluate", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "labelled.csv"))
-    assert done.returncode == 1 and "labelled.csv, row 5: label '88' is none of the 5 classes" in done.stderr
-    assert "remove the row" in done.stderr
+    again = Command(command.data, tmp_path / "out", command.cache).arguments(
+        "evaluate", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "labelled.csv"))
+    assert script.main(again) == 1
+    error = capsys.readouterr().err
+    assert "labelled.csv, row 5: label '88' is none of the 5 classes" in error and "remove the row" in error
     train.drop(index=3).to_csv(tmp_path / "labelled.csv", index=False)
-    done = again("evaluate", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "labelled.csv"))
-    assert done.returncode == 0 and "99 rows of " in done.stdout
+    assert script.main(again) == 0 and "99 rows of " in capsys.readouterr().out
 
 
 def test_files_of_an_earlier_run_are_removed(command, main_in_process):

@@ -18,6 +18,12 @@ from conftest import REPOSITORY, make_competition
 
 from pipeline import files
 
+
+def slow(*values: object):
+    """Return a case of a parametrised test that only .ci/run runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # A run of nine steps, each saved. The state of the tiny network has a few hundred kilobytes.
 SMALL = ["--model", "tiny", "--image-size", "16", "--batch-size", "32", "--num-epochs", "3", "--no-pictures",
          "--knn-neighbors", "5", "--device", "cpu", "--checkpoint-minutes", "0"]
@@ -111,7 +117,7 @@ def seconds_of_a_run(runs: Runs) -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize("call, half", [(1, True), (9, False), (40, True), (67, False), (98, True)])
+@pytest.mark.parametrize("call, half", [slow(1, True), slow(9, False), (40, True), (67, False), slow(98, True)])
 def test_kill_while_writing_a_checkpoint_loses_nothing(runs, call, half):
     name = f"inside{call}"
     runs.run(name, status=-signal.SIGKILL, call=call, half=half, keep=True)
@@ -158,7 +164,7 @@ def test_killed_real_command_ends_with_the_same_bits(tmp_path):
     assert results[0] == results[1]
 
 
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143), ("SIGUSR1", 138)])
+@pytest.mark.parametrize("name, status", [slow("SIGINT", 130), ("SIGTERM", 143), slow("SIGUSR1", 138)])
 def test_signal_saves_and_the_run_is_resumed(runs, name, status):
     process = runs.start(name, "--checkpoint-minutes", "60", keep=True)
     wait_for(runs, name, "epoch   1/3")
@@ -196,10 +202,11 @@ def copy_unfinished(runs: Runs, unfinished: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("flags, difference", [
-    (["--learning-rate", "0.02"], "--learning-rate 0.01 (not 0.02)"), (["--model", "digit-cnn"], "--model tiny (not "),
+    slow(["--learning-rate", "0.02"], "--learning-rate 0.01 (not 0.02)"),
+    slow(["--model", "digit-cnn"], "--model tiny (not "),
     (["--seed", "1", "--dropout", "0.1"], "--dropout 0.0 (not 0.1), --seed 0 (not 1)"),
     (["--train-csv", "relabelled.csv"], "other training rows or images"),
-    (["--train-csv", "fewer.csv"], "5 other classes"),
+    slow(["--train-csv", "fewer.csv"], "5 other classes"),
 ])
 def test_state_of_another_run_is_refused(runs, unfinished, flags, difference):
     name = "other" + "".join(filter(str.isalnum, "".join(flags)))
@@ -219,7 +226,7 @@ def test_state_of_another_run_is_refused(runs, unfinished, flags, difference):
 
 
 @pytest.mark.parametrize("flags", [["--weights", "typo.pth"],
-                                   pytest.param(["--max-minutes", "0.01"], marks=pytest.mark.slow)])
+                                   slow(["--max-minutes", "0.01"])])
 def test_no_resume_removes_nothing_if_the_command_is_wrong(runs, unfinished, flags):
     folder = copy_unfinished(runs, unfinished, "kept" + flags[0])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -242,7 +249,7 @@ def test_finished_run_starts_over(runs):
     assert (folder / "submission.csv").read_text() == (runs.reference / "submission.csv").read_text()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.99, "flipped"])
+@pytest.mark.parametrize("share", [slow(0.0), slow(0.25), 0.5, slow(0.99), "flipped"])
 def test_damaged_state_is_replaced_by_the_one_before(runs, unfinished, share):
     name = f"damaged{share}"
     folder = copy_unfinished(runs, unfinished, name)
@@ -263,6 +270,7 @@ def damage(path: Path, share: float | str) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 def test_two_damaged_states_are_refused(runs, unfinished):
     folder = copy_unfinished(runs, unfinished, "both")
     for path in folder.glob("last*.pth"):
@@ -319,7 +327,7 @@ def test_removed_output_folder_is_named(runs):
     assert process.exitcode == 1 and error.startswith("error: ") and "vanishing" in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [slow(False), True])
 def test_kill_while_writing_the_image_cache_is_harmless(runs, half, tmp_path):
     cache = ["--cache-dir", str(tmp_path)]
     runs.run(f"cachekill{half}", *cache, status=-signal.SIGKILL, call=1, half=half, files=("images-",))
