@@ -116,7 +116,7 @@ class Config:
     image_size: int | None = None       # side of the network's input in pixels
     initial_size: float | None = None   # share of it that training begins with; its last 40 % have all of it
     dropout: float | None = None        # dropout before the last layer (less in the stages of cnn)
-    knn_neighbors: int = 30             # images in the nearest-neighbour vote (0: none; left out if max_minutes is short)
+    knn_neighbors: int = 30             # images in the nearest-neighbour vote (0: none; left out where time is short)
     knn_weight: float = 0.2             # weight of that vote; the network has the rest
 
     # Training
