@@ -720,8 +720,8 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
         state.sums, state.seconds = totals.sums(), time.monotonic() - begun
 
     with tqdm(total=len(data.split.train_rows), initial=state.images, unit="img", unit_scale=True, leave=False,
-              disable=ranks.rank > 0 or None, desc=f"epoch {state.epoch}/{clock.expected_epochs(trainer.step)}",
-              bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}") as bar:
+              desc=f"epoch {state.epoch}/{clock.expected_epochs(trainer.step, state.epoch)}",
+              disable=ranks.rank > 0 or None, bar_format="{desc} {percentage:3.0f}%|{bar}| {rate_fmt}{postfix}") as bar:
         for number in range(state.step, len(batches)):
             progress, due, signal_number = ranks.all_reduce_max(
                 clock.progress(trainer.step), manager.is_due(), stops.pending or 0)
@@ -818,7 +818,7 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit | None = None, m
                 with stops.hold(ranks.world_size > 1):  # the other ranks would wait for one that leaves
                     row |= validate(trainer, data, clock)
                 row["seconds"] = state.seconds + time.monotonic() - begun
-                finish_epoch(trainer, data, state, row, clock.expected_epochs(trainer.step))
+                finish_epoch(trainer, data, state, row, clock.expected_epochs(trainer.step, state.epoch))
                 if config.min_steps and clock.settle([earlier["train_accuracy"] for earlier in state.history]):
                     print(f"the training accuracy has stopped rising: {clock.last_epoch - clock.settled} more epochs")
                     state.settled = clock.settled
@@ -920,7 +920,7 @@ def measure_limit(config: Config, data: CompetitionData, started: float, manager
     if votes:  # features of all training rows, and longer answers
         voting = KNNClassifier(model, config.knn_neighbors, 0.0, empty_knn_index(model, len(rows)))
         vote = len(rows) * alone + (val_rows + test_rows) * (seconds_per_image(voting) - alone)
-    fixed = 6 + 4 * config.pictures  # seconds to import, write, exit and draw
+    fixed = 8 + 4 * config.pictures  # seconds to import, write, exit and draw
     used, alone, vote = runtime.ranks.all_reduce_max(time.monotonic() - started, alone, vote)
     if votes and vote > VOTE_SHARE * (60 * config.max_minutes - used + manager.elapsed):
         print(f"no nearest-neighbour vote, which would take {vote:.0f} s: training gains more in that time")

@@ -80,10 +80,10 @@ class TrainingClock:
         done = step / self.steps_per_epoch
         return self.last_epoch - done if self.settled or not step else done * (1 - progress) / progress
 
-    def expected_epochs(self, step: int) -> int:
-        """Return the epoch with which the training will end, by the pace until now."""
+    def expected_epochs(self, step: int, epoch: int = 1) -> int:
+        """Return the epoch with which the training will end, by the pace until now; at least the present one."""
         epochs = step / self.steps_per_epoch + self.epochs_left(self.progress(step), step)
-        return min(self.last_epoch, math.ceil(epochs - 1e-6))
+        return max(epoch, min(self.last_epoch, math.ceil(epochs - 1e-6)))
 
     def seconds_left(self, progress: float) -> float:
         """Return the seconds that the rest of the training and the answers after it take, by the pace until now."""

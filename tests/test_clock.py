@@ -40,6 +40,7 @@ def test_epochs_that_there_is_no_time_for_are_not_expected():
     assert clock.expected_epochs(999) == 4 and clock.expected_epochs(1200) == 5
     clock.started -= 750
     assert clock.expected_epochs(3700) == 4, "the last one is not complete"
+    assert clock.expected_epochs(3700, 5) == 5, "the one before was broken off, and then time was found for another"
     assert TrainingClock(3, 10).expected_epochs(20) == 3
 
 
