@@ -930,9 +930,9 @@ def measure_limit(config: Config, data: CompetitionData, started: float, manager
 
 
 def finish_network(config: Config, data: CompetitionData, votes: bool) -> tuple[TrainedModel, Predictions | None]:
-    """Return the best epoch's network and its predictions of the validation rows, with its nearest-neighbour vote or
-    without. The vote's index, and the metrics with it, are added to the checkpoint.
-    """
+    """Return the best epoch's network, with the nearest-neighbour vote if `votes`, and its validation predictions.
+
+    The vote's index, and the metrics with it, are added to the checkpoint."""
     path, ranks = Path(config.output_dir, config.model_file), data.dataset.runtime.ranks
     best = ranks.broadcast_from_rank0(lambda: load_checkpoint(path)).without_knn
     config = dataclasses.replace(config, image_size=best.config.image_size)  # smaller if an early epoch is the best

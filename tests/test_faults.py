@@ -225,8 +225,7 @@ def test_state_of_another_run_is_refused(runs, unfinished, flags, difference):
     assert "resumes from" not in runs.log(name) and not list(folder.glob("last*"))
 
 
-@pytest.mark.parametrize("flags", [["--weights", "typo.pth"],
-                                   slow(["--max-minutes", "0.01"])])
+@pytest.mark.parametrize("flags", [["--weights", "typo.pth"], slow(["--max-minutes", "0.01"])])
 def test_no_resume_removes_nothing_if_the_command_is_wrong(runs, unfinished, flags):
     folder = copy_unfinished(runs, unfinished, "kept" + flags[0])
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
