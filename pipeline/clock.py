@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pipeline.errors import UsageError
 
 VOTE_SHARE = 0.15     # of the time, beyond which training gains more than the nearest-neighbour vote
-MARGIN = 1.15         # of the time that the answers after the training are expected to take
+MARGIN = 1.25         # of the time that the answers after the training are expected to take
 SETTLED_STEPS = 25    # least number of steps whose training accuracy is compared with that of the steps before
 SETTLED_GAIN = 0.01   # rise of it below which a training has settled
 REST = 0.5            # epochs that a settled training still takes, as a share of those before
