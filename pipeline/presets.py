@@ -17,8 +17,8 @@ LIMITS = {
 MOST_USED = ("data_dir", "output_dir", "max_minutes", "num_epochs", "model", "image_size", "batch_size",
              "learning_rate", "folds", "seed")  # what `--help` shows first
 
-# The values of "auto" by model. Those of cnn were chosen on validation rows, batches and epochs of resnet on a part of
-# the data (benchmarks/RESULTS.md); the others are untuned.
+# The values of "auto" by model. Those of cnn were chosen on validation rows, batches, epochs and plain epochs of resnet
+# on a part of the data (benchmarks/RESULTS.md); the others are untuned.
 FIX = {"initial_size": 1.0, "plain_epochs": 0.0}  # images have their full size and are augmented in all epochs
 RECIPES = {
     "resnet": {"image_size": 48, "batch_size": 512, "learning_rate": 4e-3, "num_epochs": 20, "dropout": 0.2,
