@@ -17,12 +17,12 @@ LIMITS = {
 MOST_USED = ("data_dir", "output_dir", "max_minutes", "num_epochs", "model", "image_size", "batch_size",
              "learning_rate", "folds", "seed")  # what `--help` shows first
 
-# The values of "auto" by model. Those of cnn were chosen on validation rows, batches, epochs and plain epochs of resnet
-# on a part of the data (benchmarks/RESULTS.md); the others are untuned.
+# The values of "auto" by model. Those of cnn were chosen on validation rows; of those of resnet, batch_size, num_epochs
+# and plain_epochs on a part of the data (benchmarks/RESULTS.md); the others are untuned.
 FIX = {"initial_size": 1.0, "plain_epochs": 0.0}  # images have their full size and are augmented in all epochs
 RECIPES = {
-    "resnet": {"image_size": 48, "batch_size": 512, "learning_rate": 4e-3, "num_epochs": 20, "dropout": 0.2,
-               "initial_size": 1.0, "plain_epochs": 3.0},
+    "resnet": FIX | {"image_size": 48, "batch_size": 512, "learning_rate": 4e-3, "num_epochs": 20, "dropout": 0.2,
+                     "plain_epochs": 3.0},
     "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.3,
             "initial_size": 0.75, "plain_epochs": 3.0},
     "digit-cnn": FIX | {"image_size": 28, "batch_size": 128, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.25},
