@@ -114,7 +114,6 @@ class Config:
     freeze_epochs: int = 0              # epochs in which only the last layer is trained
     normalize: Literal["none", "standard", "min-max"] = "none"  # by all pixels' mean and deviation, or each's range
     image_size: int | None = None       # side of the network's input in pixels
-    initial_size: float | None = None   # share of it that training begins with; its last 40 % have all of it
     dropout: float | None = None        # dropout before the last layer (less in the stages of cnn)
     knn_neighbors: int = 30             # images in the nearest-neighbour vote (0: none; left out where time is short)
     knn_weight: float = 0.2             # weight of that vote; the network has the rest
@@ -191,8 +190,6 @@ class Config:
              f"group_column must be a column of its own, not {self.group_column!r}"),
             (self.pixel_shape and not sources.parse_shape(self.pixel_shape),
              f"pixel_shape must be HEIGHTxWIDTH, such as 16x64, not {self.pixel_shape!r}"),
-            ((self.initial_size or 1) < 1 and (self.normalize == "min-max" or re.match("mlp|torchvision", self.model)),
-             "initial_size must be 1, or auto, for mlp, torchvision's networks and normalize min-max"),
             (not sources.is_label_pattern(self.label_pattern),
              f"label_pattern must be a regular expression with a group in (), not {self.label_pattern!r}"),
         ):
@@ -263,7 +260,7 @@ def resolve_config(config: Config, runtime: Runtime, training_rows: int) -> Conf
     model = config.model
     if model == "auto":
         model = "cnn" if runtime.device.type == "cpu" else "resnet"
-    recipe = RECIPES[model.split(":")[0]] | ({"initial_size": 1.0} if config.normalize == "min-max" else {})
+    recipe = RECIPES[model.split(":")[0]]
     chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]) / config.accumulation_steps)
     small = "num_epochs" in chosen and recipe["num_epochs"] * steps < config.min_steps
@@ -530,6 +527,7 @@ def load_checkpoint(path: Path) -> TrainedModel:
     """Read a checkpoint, as data and never as code. Raises DataError for a file that is not a complete checkpoint."""
     try:
         content = files.load_verified(path)
+        content["config"].pop("initial_size", None)  # a setting of training alone, until it left
         config = Config(**content["config"])
         model = build_model(config, len(content["classes"]))
         model.load_state_dict(content["model"])
@@ -592,7 +590,7 @@ class Trainer:
     def __init__(self, config: Config, model: nn.Module, runtime: Runtime, smallest_batch: int):
         self.config, self.runtime, self.model, self.smallest_batch = config, runtime, model, smallest_batch
         self.step, self.updates, self.batches = 0, 0, 0  # batches: since the last optimizer step
-        self.learning_rate, self.current_config = config.learning_rate, config  # of the last step, by its size
+        self.learning_rate = config.learning_rate  # of the last step
         ranks = runtime.ranks
         if ranks.joined and runtime.device.type == "cuda" and smallest_batch < SMALLEST_SHARD * ranks.world_size:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -700,7 +698,7 @@ def snapshot(trainer: Trainer, state: TrainingState, clock: TrainingClock) -> di
 
 def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: TrainingClock,
           manager: CheckpointManager, stops: StopSignals) -> dict[str, float]:
-    """Train one epoch, or its rest, or as much as there is time for. Return its metrics and image size.
+    """Train one epoch, or its rest, or as much as there is time for. Return its metrics.
 
     Raises DataError if training has diverged, and Stopped after the step in which a signal came.
     """
@@ -735,12 +733,8 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
             (share, update), rows = shares[number], ranks.shard(batches[number])
             seed = optim.step_seed(config.seed, state.epoch, trainer.step, ranks.rank)
             torch.manual_seed(seed ^ 1)  # for dropout, which uses the global generator
-            size = optim.training_size(config.image_size, config.initial_size, progress)
-            if size != trainer.current_config.image_size:
-                trainer.current_config = dataclasses.replace(config, image_size=size)
             plain = clock.epochs_left(progress, trainer.step) < config.plain_epochs
-            dataset = data.dataset if size == config.image_size else data.dataset.for_network(trainer.current_config)
-            inputs, classes, weights = dataset.batch(rows, None if plain else seed)
+            inputs, classes, weights = data.dataset.batch(rows, None if plain else seed)
             targets = F.one_hot(classes, len(data.classes)).float()
             if weights is not None:
                 targets = targets * weights[:, None]
@@ -756,17 +750,17 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
             if update and trainer.updates % STEPS_PER_CHECK == 0:
                 trainer.skipped.check(state.best)
     synchronize()
-    return dict(zip(("train_loss", "train_accuracy"), metrics.means(state.sums)), learning_rate=trainer.learning_rate,
-                image_size=trainer.current_config.image_size)
+    return dict(zip(("train_loss", "train_accuracy"), metrics.means(state.sums)), learning_rate=trainer.learning_rate)
 
 
 def validate(trainer: Trainer, data: CompetitionData, clock: TrainingClock) -> dict[str, float]:
     """Return the metrics of the validation rows; empty if there are none. The clock learns how long an answer takes."""
-    rows, begun, size = data.split.val_rows, time.monotonic(), trainer.current_config.image_size
-    probabilities = predict(trainer.result, data.dataset.for_network(trainer.current_config), rows)
-    if len(rows):  # at the end images have their full size, and take longer
-        clock.seconds_per_answer = (time.monotonic() - begun) / len(rows) * (trainer.config.image_size / size) ** 2
-    return score(probabilities, data.dataset.targets[rows]) if len(rows) else {}
+    rows, begun = data.split.val_rows, time.monotonic()
+    if not len(rows):
+        return {}
+    probabilities = predict(trainer.result, data.dataset, rows)
+    clock.seconds_per_answer = (time.monotonic() - begun) / len(rows)
+    return score(probabilities, data.dataset.targets[rows])
 
 
 def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, row: dict, epochs: int) -> None:
@@ -778,7 +772,7 @@ def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, 
         trainer.plateau.step(row["val_accuracy"])
     better = metrics.is_better(row, state.best, config.select_by)
     if better and writes:
-        save_checkpoint(folder / config.model_file, TrainedModel(trainer.result, trainer.current_config, data.classes,
+        save_checkpoint(folder / config.model_file, TrainedModel(trainer.result, config, data.classes,
                         data.dataset.statistics, row, data.dataset.table.labels_sha256))
     state.finish_epoch(row, better, skipped)
     if writes:
@@ -935,8 +929,7 @@ def finish_network(config: Config, data: CompetitionData, votes: bool) -> tuple[
     The vote's index, and the metrics with it, are added to the checkpoint."""
     path, ranks = Path(config.output_dir, config.model_file), data.dataset.runtime.ranks
     best = ranks.broadcast_from_rank0(lambda: load_checkpoint(path)).without_knn
-    config = dataclasses.replace(config, image_size=best.config.image_size)  # smaller if an early epoch is the best
-    dataset, rows = data.dataset.for_network(config), data.split.val_rows
+    dataset, rows = data.dataset, data.split.val_rows
     if votes:
         body, _ = split_head(dataset.runtime.to_device(best.model))
         features = torch.from_numpy(infer(body, dataset, data.split.train_rows))

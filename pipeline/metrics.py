@@ -85,8 +85,8 @@ def describe_epoch(row: dict, epochs: int, images_per_second: float, skipped: fl
 
 
 def is_better(row: dict, best: dict | None, select_by: str) -> bool:
-    """Return whether an epoch beats the best so far: larger images, accuracy, loss; without validation the last."""
-    if best is None or "val_loss" not in row or row.get("image_size", 0) > best.get("image_size", 0):
+    """Return whether an epoch beats the best so far in accuracy, then loss; without validation the last one does."""
+    if best is None or "val_loss" not in row:
         return True
     if select_by == "loss":
         return row["val_loss"] < best["val_loss"]

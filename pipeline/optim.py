@@ -40,12 +40,6 @@ def epoch_batches(rows: np.ndarray, targets: np.ndarray, batch_size: int, seed: 
     return np.array_split(order[places.argsort(kind="stable")], steps_per_epoch(len(rows), batch_size))
 
 
-def training_size(image_size: int, initial_size: float, progress: float) -> int:
-    """Return the side of the training images at this progress 0..1: three sizes, the last of them from 0.6 on."""
-    share = initial_size + (1 - initial_size) * min(int(progress / 0.3), 2) / 2
-    return image_size if share == 1 else min(image_size, max(8, 4 * round(image_size * share / 4)))
-
-
 def accumulation_shares(sizes: list[int], accumulation_steps: int) -> list[tuple[float, bool]]:
     """Return for each batch its share of the images of one optimizer step, and whether it completes that step."""
     groups = np.array_split(sizes, math.ceil(len(sizes) / accumulation_steps))

@@ -4,7 +4,7 @@ import math
 
 # Smallest and largest value of a setting; other numbers may be anything from 0 up.
 LIMITS = {
-    "image_size": (8, 1024), "initial_size": (0.25, 1), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf),
+    "image_size": (8, 1024), "batch_size": (2, math.inf), "eval_batch_size": (1, math.inf),
     "num_epochs": (1, math.inf), "learning_rate": (1e-9, 100), "dropout": (0, 0.95), "momentum": (0, 0.9999),
     "accumulation_steps": (1, math.inf), "warmup": (0, 1), "step_epochs": (1, math.inf), "gamma": (1e-6, 1),
     "label_smoothing": (0, 0.99), "mixup_alpha": (1e-3, math.inf), "ema_decay": (0, 0.999999),
@@ -19,23 +19,27 @@ MOST_USED = ("data_dir", "output_dir", "max_minutes", "num_epochs", "model", "im
 
 # The values of "auto" by model. Those of cnn were chosen on validation rows; of those of resnet, batch_size, num_epochs
 # and plain_epochs on a part of the data (benchmarks/RESULTS.md); the others are untuned.
-FIX = {"initial_size": 1.0, "plain_epochs": 0.0}  # images have their full size and are augmented in all epochs
 RECIPES = {
-    "resnet": FIX | {"image_size": 48, "batch_size": 512, "learning_rate": 4e-3, "num_epochs": 20, "dropout": 0.2,
-                     "plain_epochs": 3.0},
-    "cnn": {"image_size": 32, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.3,
-            "initial_size": 0.75, "plain_epochs": 3.0},
-    "digit-cnn": FIX | {"image_size": 28, "batch_size": 128, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.25},
-    "mlp": FIX | {"image_size": 28, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.0},
-    "tiny": FIX | {"image_size": 28, "batch_size": 128, "learning_rate": 1e-2, "num_epochs": 20, "dropout": 0.0},
-    "torchvision": FIX | {"image_size": 64, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.2},
+    "resnet": {"image_size": 48, "batch_size": 512, "learning_rate": 4e-3, "num_epochs": 20, "dropout": 0.2,
+               "plain_epochs": 3.0},
+    "cnn": {"image_size": 24, "batch_size": 128, "learning_rate": 3e-3, "num_epochs": 10, "dropout": 0.3,
+            "plain_epochs": 3.0},
+    "digit-cnn": {"image_size": 28, "batch_size": 128, "learning_rate": 2e-3, "num_epochs": 20, "dropout": 0.25,
+                  "plain_epochs": 0.0},
+    "mlp": {"image_size": 28, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.0,
+            "plain_epochs": 0.0},
+    "tiny": {"image_size": 28, "batch_size": 128, "learning_rate": 1e-2, "num_epochs": 20, "dropout": 0.0,
+             "plain_epochs": 0.0},
+    "torchvision": {"image_size": 64, "batch_size": 128, "learning_rate": 1e-3, "num_epochs": 10, "dropout": 0.2,
+                    "plain_epochs": 0.0},
 }
 
 # Everything of our own recipe switched off: the recipes of other projects start from this.
-PLAIN = FIX | {
+PLAIN = {
     "weight_decay": 0.0, "warmup": 0.0, "label_smoothing": 0.0, "ema_decay": 0.0, "max_grad_norm": 0.0,
     "knn_neighbors": 0, "dropout": 0.0, "rotation": 0.0, "scale": 0.0, "shear": 0.0, "stretch": 0.0, "elastic": 0.0,
     "recenter_warp": False, "edge_softening": 0.0, "image_size": 28, "schedule": "constant",
+    "plain_epochs": 0.0,
 }
 
 # `--preset NAME`. docs/origins.md says which project each recipe comes from.
@@ -70,5 +74,5 @@ PRESETS = {
                     "num_epochs": 40},
     "digits-fast": {"model": "digit-cnn", "num_epochs": 1, "learning_rate": 5e-3, "dropout": 0.0,
                     "label_smoothing": 0.0, "ema_decay": 0.99, "augment": False, "knn_neighbors": 0, "pictures": False},
-    "digits-best": FIX | {"model": "cnn", "image_size": 28, "num_epochs": 20, "dropout": 0.3},
+    "digits-best": {"model": "cnn", "image_size": 28, "num_epochs": 20, "dropout": 0.3, "plain_epochs": 0.0},
 }

@@ -439,6 +439,13 @@ CHECKPOINT_FAULTS = {
 }
 
 
+def test_checkpoint_with_the_setting_that_left_is_read(trained, tmp_path):
+    shutil.copy(trained.output / "best_model.pth", tmp_path / "model.pth")
+    changed(lambda content: {"config": {**content["config"], "initial_size": 0.75}})(tmp_path / "model.pth")
+    assert script.load_checkpoint(tmp_path / "model.pth").config == script.load_checkpoint(
+        trained.output / "best_model.pth").config
+
+
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("name", CHECKPOINT_FAULTS)
 def test_bad_checkpoints_are_refused_and_never_executed(trained, tmp_path, capsys, monkeypatch, name):

@@ -27,7 +27,7 @@ from pipeline.splits import Split, image_digests, split_rows
 from pipeline.tables import Table
 from script import CompetitionData, Config, MathSymbolDataset, Trainer
 
-SMALL = Config(model="tiny", image_size=8, initial_size=1.0, plain_epochs=0.0, batch_size=8, num_epochs=3,
+SMALL = Config(model="tiny", image_size=8, plain_epochs=0.0, batch_size=8, num_epochs=3,
                learning_rate=1e-2, dropout=0.0, precision="float32", ema_decay=0.9, train_val_split=0.8, min_steps=0)
 CPU = Runtime()
 
@@ -418,44 +418,27 @@ def test_ten_skipped_steps_are_seen_after_they_are_over(tmp_path):
     assert not (tmp_path / "best_model.pth").exists()
 
 
-def record_batches(data: CompetitionData, monkeypatch) -> list[tuple[int, bool]]:
-    """Return a list that each training step adds its image size to, and whether its images are augmented."""
+def record_batches(data: CompetitionData, monkeypatch) -> list[bool]:
+    """Return a list that each training step adds to whether its images are augmented."""
     recorded, batch = [], MathSymbolDataset.batch
 
     def recording(self, rows, seed=None):
         if len(rows) <= 8:
-            recorded.append((self.config.image_size, seed is not None))
+            recorded.append(seed is not None)
         return batch(self, rows, seed)
 
     monkeypatch.setattr(MathSymbolDataset, "batch", recording)
     return recorded
 
 
-def test_images_grow_and_the_last_epochs_are_not_augmented(tmp_path, monkeypatch):
-    config = into(tmp_path, image_size=16, initial_size=0.5, plain_epochs=1.5, num_epochs=3, train_val_split=1.0)
+def test_the_last_epochs_are_not_augmented(tmp_path, monkeypatch):
+    config = into(tmp_path, plain_epochs=1.5, num_epochs=3, train_val_split=1.0)
     data = make_data(config)
     recorded = record_batches(data, monkeypatch)
     script.fit(config, data)
     steps = len(recorded) // 3
-    assert [size for size, _ in recorded] == sorted(size for size, _ in recorded) and len(recorded) == 3 * steps
-    assert {size for size, _ in recorded} == {8, 12, 16} and recorded[-1][0] == recorded[steps * 2][0] == 16
-    assert sum(augmented for _, augmented in recorded) == round(1.5 * steps) and recorded[0][1] and not recorded[-1][1]
-
-
-def test_an_epoch_of_small_images_is_validated_and_kept_at_their_size(tmp_path, monkeypatch):
-    config = into(tmp_path, image_size=16, initial_size=0.5, plain_epochs=0.0, num_epochs=4, knn_neighbors=5)
-    data = make_data(config)
-    monkeypatch.setattr(script.metrics, "is_better", lambda row, best, select_by: row["epoch"] == 1)
-    history = script.fit(config, data)
-    trained = kept(config)
-    assert trained.config.image_size == 8 and trained.metrics["epoch"] == 1
-    rows = data.split.val_rows
-    probabilities = script.predict(trained.model, data.dataset.for_network(trained.config), rows)
-    loss = script.score(probabilities, data.dataset.targets[rows])["val_loss"]
-    assert loss == pytest.approx(history.val_loss[0], rel=1e-5)
-    best, predictions = script.finish_network(config, data, votes=True)
-    assert best.config.image_size == kept(config).config.image_size == 8
-    assert (predictions.probabilities == script.predict(best.model, data.dataset.for_network(best.config), rows)).all()
+    assert len(recorded) == 3 * steps and sum(recorded) == round(1.5 * steps)
+    assert recorded == sorted(recorded, reverse=True), "augmented ones come first"
 
 
 def test_the_remedy_for_a_divergence_works(tmp_path):

@@ -77,9 +77,6 @@ def test_is_better_breaks_ties_of_accuracy_by_loss():
     assert is_better(row(0.5, 0.9), row(0.5, 1.0), "accuracy")
     assert not is_better(row(0.5, 1.0), row(0.5, 1.0), "accuracy")
     assert is_better({"epoch": 2}, {"epoch": 1}, "accuracy"), "without validation rows the last epoch is kept"
-    small, full = ({"val_accuracy": 0.9, "val_loss": 0.1, "image_size": 24},
-                   {"val_accuracy": 0.8, "val_loss": 0.2, "image_size": 32})
-    assert is_better(full, small, "accuracy"), "epochs of smaller images are the beginning of a training"
 
 
 def test_epoch_line_holds_losses_accuracies_and_pace():

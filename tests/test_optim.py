@@ -23,7 +23,6 @@ from pipeline.optim import (
     step_if_finite,
     step_seed,
     steps_per_epoch,
-    training_size,
 )
 
 ONE, ZERO = torch.ones(()), torch.zeros(())  # a finite step and another one
@@ -70,14 +69,6 @@ def test_classes_are_spread_evenly_over_the_steps():
     share = np.bincount(targets[rows]) / len(batches)
     assert (np.abs(counts - share) < 2).all()
     assert len({tuple(batch % 10) for batch in batches}) == len(batches)  # in random order inside a step
-
-
-def test_training_images_grow_in_three_steps():
-    sizes = [training_size(32, 0.75, progress) for progress in (0, 0.29, 0.31, 0.59, 0.61, 1.0)]
-    assert sizes == [24, 24, 28, 28, 32, 32]
-    assert {training_size(30, 1.0, progress) for progress in (0, 0.5, 1)} == {30}
-    assert training_size(28, 0.75, 0) == 20 and training_size(8, 0.25, 0) == 8 and training_size(30, 0.75, 0.9) == 30
-    assert training_size(15, 0.95, 0.4) == 15, "never larger than the last"
 
 
 @pytest.mark.parametrize(("steps", "accumulation_steps", "updates"), [

@@ -16,7 +16,7 @@ from pipeline.files import sha256_of
 from pipeline.models import freeze_body
 from script import Config, Trainer
 
-SMALL = Config(model="tiny", image_size=8, initial_size=1.0, plain_epochs=0.0, batch_size=8, num_epochs=3,
+SMALL = Config(model="tiny", image_size=8, plain_epochs=0.0, batch_size=8, num_epochs=3,
                learning_rate=3e-3, dropout=0.1, precision="float32", ema_decay=0.9)
 CLASSES = 4
 CPU = Runtime()
