@@ -85,7 +85,7 @@ def describe_epoch(row: dict, epochs: int, images_per_second: float, skipped: fl
 
 
 def is_better(row: dict, best: dict | None, select_by: str) -> bool:
-    """Return whether an epoch beats the best so far in accuracy, then loss; without validation the last one does."""
+    """Return whether an epoch beats the best so far, by accuracy or by loss; without validation the last one does."""
     if best is None or "val_loss" not in row:
         return True
     if select_by == "loss":
