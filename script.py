@@ -260,7 +260,7 @@ def resolve_config(config: Config, runtime: Runtime, training_rows: int) -> Conf
     model = config.model
     if model == "auto":
         model = "cnn" if runtime.device.type == "cpu" else "resnet"
-    recipe = RECIPES[model.split(":")[0]]
+    recipe = {"plain_epochs": 0.0} | RECIPES[model.split(":")[0]]
     chosen = {name: value for name, value in recipe.items() if getattr(config, name) is None}
     steps = math.ceil(training_rows / (config.batch_size or recipe["batch_size"]) / config.accumulation_steps)
     small = "num_epochs" in chosen and recipe["num_epochs"] * steps < config.min_steps

@@ -162,7 +162,7 @@ def test_only_small_tables_end_once_they_are_learnt():
 
 def test_every_model_has_a_recipe():
     assert set(RECIPES) == {*script.MODELS, "torchvision"}
-    assert len({frozenset(recipe) for recipe in RECIPES.values()}) == 1
+    assert len({frozenset(recipe) - {"plain_epochs"} for recipe in RECIPES.values()}) == 1
     assert resolve_config(Config(model="torchvision:resnet18"), Runtime(), 10).image_size == 64
 
 

@@ -418,24 +418,16 @@ def test_ten_skipped_steps_are_seen_after_they_are_over(tmp_path):
     assert not (tmp_path / "best_model.pth").exists()
 
 
-def record_batches(data: CompetitionData, monkeypatch) -> list[bool]:
-    """Return a list that each training step adds to whether its images are augmented."""
-    recorded, batch = [], MathSymbolDataset.batch
+def test_the_last_epochs_are_not_augmented(tmp_path, monkeypatch):
+    config = into(tmp_path, plain_epochs=1.5, num_epochs=3, train_val_split=1.0)
+    recorded, batch = [], MathSymbolDataset.batch  # whether the images of each training step are augmented
 
     def recording(self, rows, seed=None):
-        if len(rows) <= 8:
-            recorded.append(seed is not None)
+        recorded.append(seed is not None)
         return batch(self, rows, seed)
 
     monkeypatch.setattr(MathSymbolDataset, "batch", recording)
-    return recorded
-
-
-def test_the_last_epochs_are_not_augmented(tmp_path, monkeypatch):
-    config = into(tmp_path, plain_epochs=1.5, num_epochs=3, train_val_split=1.0)
-    data = make_data(config)
-    recorded = record_batches(data, monkeypatch)
-    script.fit(config, data)
+    script.fit(config, make_data(config))
     steps = len(recorded) // 3
     assert len(recorded) == 3 * steps and sum(recorded) == round(1.5 * steps)
     assert recorded == sorted(recorded, reverse=True), "augmented ones come first"
