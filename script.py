@@ -753,18 +753,18 @@ def train(trainer: Trainer, data: CompetitionData, state: TrainingState, clock: 
     return dict(zip(("train_loss", "train_accuracy"), metrics.means(state.sums)), learning_rate=trainer.learning_rate)
 
 
-def validate(trainer: Trainer, data: CompetitionData, clock: TrainingClock) -> dict[str, float]:
-    """Return the metrics of the validation rows; empty if there are none. The clock learns how long an answer takes."""
+def validate(trainer: Trainer, data: CompetitionData, clock: TrainingClock) -> tuple[dict, np.ndarray | None]:
+    """Return the validation rows' metrics and probabilities, if there are any. The clock learns an answer's time."""
     rows, begun = data.split.val_rows, time.monotonic()
     if not len(rows):
-        return {}
+        return {}, None
     probabilities = predict(trainer.result, data.dataset, rows)
     clock.seconds_per_answer = (time.monotonic() - begun) / len(rows)
-    return score(probabilities, data.dataset.targets[rows])
+    return score(probabilities, data.dataset.targets[rows]), probabilities
 
 
-def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, row: dict, epochs: int) -> None:
-    """Print an epoch's metrics, save the network if it is the best, and write history.csv."""
+def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, row: dict, epochs: int) -> bool:
+    """Print an epoch's metrics, save the network if it is the best, and write history.csv. Return whether it is."""
     config, folder, writes = trainer.config, Path(trainer.config.output_dir), trainer.runtime.ranks.rank == 0
     skipped = float(trainer.skipped.counts[0])
     print(metrics.describe_epoch(row, epochs, state.images / state.seconds, skipped - state.skipped), flush=True)
@@ -778,11 +778,13 @@ def finish_epoch(trainer: Trainer, data: CompetitionData, state: TrainingState, 
     if writes:
         with files.atomic_write(folder / "history.csv") as temporary:
             pd.DataFrame(state.history, columns=metrics.HISTORY_COLUMNS).to_csv(temporary, index=False)
+    return better
 
 
 def fit(config: Config, data: CompetitionData, limit: TimeLimit | None = None, manager: CheckpointManager | None = None,
-        stops: StopSignals | None = None) -> pd.DataFrame:
-    """Train a network by a resolved config and return its history, one row per epoch, as in history.csv.
+        stops: StopSignals | None = None) -> tuple[pd.DataFrame, np.ndarray | None]:
+    """Train a network by a resolved config. Return its history, one row per epoch, as in history.csv, and the best
+    epoch's validation probabilities: None without validation rows, or if an earlier process trained that epoch.
 
     model_file in output_dir is the best epoch by `select_by`, or the last one without validation rows. The schedule is
     laid over the time that the limit leaves for training. A manager with a folder lets it be resumed.
@@ -799,7 +801,7 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit | None = None, m
     remedy = (f"with batches of {config.batch_size} images; try --batch-size {max(config.batch_size // 2, 2)}, with "
               f"--accumulation-steps {2 * config.accumulation_steps} for the same optimizer steps")
     with stops.hold():
-        state = manager.begin(trainer.load_state_dict)
+        state, best = manager.begin(trainer.load_state_dict), None
         clock.earlier, clock.settled = state.trained_seconds, state.settled
         try:
             while not state.training_finished(clock.last_epoch, config.early_stopping,
@@ -810,9 +812,10 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit | None = None, m
                     break
                 begun = time.monotonic()
                 with stops.hold(ranks.world_size > 1):  # the other ranks would wait for one that leaves
-                    row |= validate(trainer, data, clock)
-                row["seconds"] = state.seconds + time.monotonic() - begun
-                finish_epoch(trainer, data, state, row, clock.expected_epochs(trainer.step, state.epoch))
+                    figures, probabilities = validate(trainer, data, clock)
+                row |= {**figures, "seconds": state.seconds + time.monotonic() - begun}
+                if finish_epoch(trainer, data, state, row, clock.expected_epochs(trainer.step, state.epoch)):
+                    best = probabilities
                 if config.min_steps and clock.settle([earlier["train_accuracy"] for earlier in state.history]):
                     print(f"the training accuracy has stopped rising: {clock.last_epoch - clock.settled} more epochs")
                     state.settled = clock.settled
@@ -825,7 +828,7 @@ def fit(config: Config, data: CompetitionData, limit: TimeLimit | None = None, m
             raise Stopped(stop.number, manager.describe_saved(config.fold)) from None
     if state.early_stopping_triggered(config.early_stopping) and state.epoch <= clock.last_epoch:
         print(f"stopped early: {config.early_stopping} epochs without a better validation {config.select_by}")
-    return pd.DataFrame(state.history, columns=metrics.HISTORY_COLUMNS)
+    return pd.DataFrame(state.history, columns=metrics.HISTORY_COLUMNS), best
 
 
 # ---- Reading a competition ------------------------------------------------------------------------------------------
@@ -900,33 +903,36 @@ def measure_limit(config: Config, data: CompetitionData, started: float, manager
     """Return the time that max_minutes leaves, measuring the pace of answers; without it only how many they are."""
     runtime, rows, val_rows = data.dataset.runtime, data.split.train_rows, len(data.split.val_rows)
     test_rows = len(data.test or ()) * (2 if config.folds else 1)  # of folds alone, and averaged
-    votes = config.knn_neighbors > 0
-    if not config.max_minutes:
-        return TimeLimit(answers=2 * val_rows + test_rows + len(rows) * votes, votes=votes)
+    votes, vote, used, alone = config.knn_neighbors > 0, len(rows), 0.0, 0.0  # vote: in answers
 
     def seconds_per_image(model: nn.Module) -> float:
         model, sample = runtime.to_device(model), rows[: 4 * runtime.eval_batch_size]
         seconds = timeit.repeat(lambda: predict(model, data.dataset, sample), number=1, repeat=3)
-        return min(seconds) / len(sample)  # the first is slowed by set-up
+        return runtime.ranks.all_reduce_max(min(seconds) / len(sample))[0]  # the first is slowed by set-up
 
-    model = build_model(config, len(data.classes))
-    alone, vote = seconds_per_image(model), 0.0
-    if votes:  # features of all training rows, and longer answers
-        voting = KNNClassifier(model, config.knn_neighbors, 0.0, empty_knn_index(model, len(rows)))
-        vote = len(rows) * alone + (val_rows + test_rows) * (seconds_per_image(voting) - alone)
+    if config.max_minutes:
+        model = build_model(config, len(data.classes))
+        alone = seconds_per_image(model)
+        used, = runtime.ranks.all_reduce_max(time.monotonic() - started)
+        most = VOTE_SHARE * (60 * config.max_minutes - used + manager.elapsed) / alone
+        if votes and vote <= most:  # the answers take longer, too
+            voting = KNNClassifier(model, config.knn_neighbors, 0.0, empty_knn_index(model, len(rows)))
+            vote += (val_rows + test_rows) * (seconds_per_image(voting) / alone - 1)
+        if votes and vote > most:
+            print(f"no nearest-neighbour vote, which takes at least {vote * alone:.0f} s: training gains more")
+            votes = False
+    answers = val_rows + test_rows + (val_rows + vote if votes else val_rows * bool(manager.found))
     fixed = 8 + 4 * config.pictures  # seconds to import, write, exit and draw
-    used, alone, vote = runtime.ranks.all_reduce_max(time.monotonic() - started, alone, vote)
-    if votes and vote > VOTE_SHARE * (60 * config.max_minutes - used + manager.elapsed):
-        print(f"no nearest-neighbour vote, which would take {vote:.0f} s: training gains more in that time")
-        votes = False
-    answers = 2 * val_rows + test_rows + vote / alone * votes
-    return time_limit(config.max_minutes, used, fixed, answers, alone, votes, bool(config.folds), not manager.found)
+    return time_limit(config.max_minutes or math.inf, used, fixed, answers, alone, votes, bool(config.folds),
+                      not manager.found)
 
 
-def finish_network(config: Config, data: CompetitionData, votes: bool) -> tuple[TrainedModel, Predictions | None]:
+def finish_network(config: Config, data: CompetitionData, votes: bool,
+                   probabilities: np.ndarray | None = None) -> tuple[TrainedModel, Predictions | None]:
     """Return the best epoch's network, with the nearest-neighbour vote if `votes`, and its validation predictions.
 
-    The vote's index, and the metrics with it, are added to the checkpoint."""
+    The vote's index, and the metrics with it, are added to the checkpoint. Without the vote `probabilities` are kept.
+    """
     path, ranks = Path(config.output_dir, config.model_file), data.dataset.runtime.ranks
     best = ranks.broadcast_from_rank0(lambda: load_checkpoint(path)).without_knn
     dataset, rows = data.dataset, data.split.val_rows
@@ -938,7 +944,8 @@ def finish_network(config: Config, data: CompetitionData, votes: bool) -> tuple[
         best = dataclasses.replace(best, model=dataset.runtime.to_device(voting))
     predictions = None
     if len(rows):
-        probabilities = predict(dataset.runtime.to_device(best.model), dataset, rows)
+        if votes or probabilities is None:
+            probabilities = predict(dataset.runtime.to_device(best.model), dataset, rows)
         predictions = Predictions(rows, dataset.targets[rows], probabilities, lambda places: dataset.ink(rows[places]))
     if votes:
         figures = score(predictions.probabilities, predictions.targets) if predictions else {}
@@ -979,8 +986,8 @@ def run_one(config: Config, data: CompetitionData, stops: StopSignals, started: 
                                     started)
         started -= manager.elapsed
         limit = measure_limit(config, data, started - reserved, manager)
-        history = fit(config, data, limit, manager, stops)
-        best, predictions = finish_network(config, data, limit.votes)
+        history, probabilities = fit(config, data, limit, manager, stops)
+        best, predictions = finish_network(config, data, limit.votes, probabilities)
         probabilities, figures = ensemble_predict([best], data.test) if data.test else None, best.metrics
         if predictions and data.test:
             figures = figures | expected_accuracy(predictions, probabilities[data.test.table.usable_rows])

@@ -59,7 +59,7 @@ def train_once(flags: list[str], rows: int, seconds: float) -> dict[str, float]:
     without_validation = dataclasses.replace(data, split=Split(train_rows, data.split.val_rows[:0]))
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        history = script.fit(dataclasses.replace(config, output_dir=folder), without_validation, TimeLimit(seconds))
+        history, _ = script.fit(dataclasses.replace(config, output_dir=folder), without_validation, TimeLimit(seconds))
         seconds = time.monotonic() - started
         trained = script.load_checkpoint(Path(folder, config.model_file))
     rows, model = data.split.val_rows, data.dataset.runtime.to_device(trained.model)

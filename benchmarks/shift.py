@@ -33,7 +33,7 @@ NAMES = ["validation figure", "ATC", "DoC", "margins"]
 def estimate(validation: Predictions, test: np.ndarray) -> tuple[np.ndarray, float]:
     """Return the estimates of the accuracy on rows with these probabilities, in the order of NAMES, and our error."""
     temperature = shift.fit_temperature(validation.probabilities, validation.targets)
-    own, other = (shift.temper(rows, temperature).max(axis=1) for rows in (validation.probabilities, test))
+    own, other = (shift.temper(rows, temperature).amax(dim=1).numpy() for rows in (validation.probabilities, test))
     accuracy = validation.correct.mean()
     threshold = np.quantile(own, 1 - accuracy)
     figures = shift.expected_accuracy(validation, test)

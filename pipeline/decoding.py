@@ -110,10 +110,12 @@ def fit_to_square(ink: np.ndarray, size: int) -> np.ndarray:
     height, width = ink.shape
     if height == width == size:
         return ink
-    scaled = [max(1, round(side * size / max(height, width))) for side in (width, height)]
+    sides = [max(1, round(side * size / max(height, width))) for side in (width, height)]
+    scaled = Image.fromarray(ink).resize(sides, Image.Resampling.BILINEAR)
+    if height == width:
+        return np.asarray(scaled)
     page = Image.new("L", (size, size), 0)
-    page.paste(Image.fromarray(ink).resize(scaled, Image.Resampling.BILINEAR),
-               ((size - scaled[0]) // 2, (size - scaled[1]) // 2))
+    page.paste(scaled, ((size - sides[0]) // 2, (size - sides[1]) // 2))
     return np.asarray(page)
 
 

@@ -1,5 +1,6 @@
 """Every picture, from arrays. matplotlib is imported when the first one is drawn."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -30,16 +31,18 @@ def save_figure(path: Path, figure) -> None:
 
 def class_names(classes: list[str], latex: dict[str, str]) -> list[str]:
     """Return the name of each class in a picture: its LaTeX if matplotlib can draw it, else its label."""
+    return [f"${latex[label]}$" if label in latex and _can_draw(latex[label]) else label.replace("$", r"\$")
+            for label in classes]
+
+
+@functools.cache
+def _can_draw(latex: str) -> bool:
     from matplotlib.mathtext import MathTextParser
 
-    parser, names = MathTextParser("path"), []
-    for label in classes:
-        try:
-            parser.parse(f"${latex[label]}$")
-            names.append(f"${latex[label]}$")
-        except (KeyError, ValueError):  # no LaTeX, or commands that mathtext does not know
-            names.append(label.replace("$", r"\$"))
-    return names
+    try:
+        return bool(MathTextParser("path").parse(f"${latex}$"))
+    except ValueError:  # commands that mathtext does not know
+        return False
 
 
 def evenly_spaced(count: int, most: int) -> np.ndarray:

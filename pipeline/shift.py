@@ -1,6 +1,8 @@
 """The accuracy to be expected on test rows, which may be of another kind than validation rows, without their labels."""
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from pipeline.errors import warn
 from pipeline.metrics import Predictions
@@ -20,27 +22,26 @@ def fit_temperature(probabilities: np.ndarray, targets: np.ndarray) -> float:
     """
     from scipy.optimize import minimize_scalar
 
+    logits, classes = temper(probabilities, 1).log(), torch.from_numpy(targets).long()
+
     def loss(log_temperature: float) -> float:
-        tempered = temper(probabilities, np.exp(log_temperature))
-        likelihood = np.log(np.maximum(tempered[np.arange(len(targets)), targets], 1e-12)).sum()
-        return (log_temperature - np.log(0.7)) ** 2 / (2 * 0.3**2) - likelihood
+        own = F.cross_entropy(logits / np.exp(log_temperature), classes, reduction="sum")
+        return float(own) + (log_temperature - np.log(0.7)) ** 2 / (2 * 0.3**2)
 
     return float(np.exp(minimize_scalar(loss, bounds=(-2.5, 1.5), method="bounded", options={"xatol": 0.01}).x))
 
 
-def temper(probabilities: np.ndarray, temperature: float) -> np.ndarray:
-    """Return probabilities [N, classes] at a temperature: below 1 they are surer."""
-    logits = np.log(np.maximum(probabilities.astype(np.float64), 1e-7)) / temperature
-    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return exponents / exponents.sum(axis=1, keepdims=True)
+def temper(probabilities: np.ndarray, temperature: float) -> torch.Tensor:
+    """Return probabilities [N, classes], float64, at a temperature: below 1 they are surer."""
+    return (torch.from_numpy(probabilities).double().clamp(min=1e-7).log() / temperature).softmax(dim=1)
 
 
 def mean_margin(probabilities: np.ndarray, temperature: float) -> float:
     """Return by how much the most likely class is ahead of the second at a temperature, on average over rows."""
     total = 0.0
     for first in range(0, len(probabilities), BLOCK):
-        ordered = np.partition(temper(probabilities[first : first + BLOCK], temperature), -2, axis=1)
-        total += float((ordered[:, -1] - ordered[:, -2]).sum())
+        highest = temper(probabilities[first : first + BLOCK], temperature).topk(2).values
+        total += float((highest[:, 0] - highest[:, 1]).sum())
     return total / len(probabilities)
 
 

@@ -106,7 +106,7 @@ def all_finite(model: torch.nn.Module) -> bool:
 
 def test_training_learns_and_writes_its_history(tmp_path, capsys):
     config = into(tmp_path, num_epochs=10, augment=False)
-    history = script.fit(config, make_data(config))
+    history, _ = script.fit(config, make_data(config))
     assert history.columns.tolist() == HISTORY_COLUMNS and history.epoch.tolist() == list(range(1, 11))
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "history.csv"), history)
     assert history.val_accuracy.iloc[-1] >= 0.75 and history.train_loss.iloc[-1] < history.train_loss.iloc[0]
@@ -125,14 +125,14 @@ def test_every_optimizer_and_schedule_learns(tmp_path, optimizer, schedule):
     config = into(tmp_path, optimizer=optimizer, schedule="cosine" if accumulated else schedule, ema_decay=0.0,
                   learning_rate=0.1 if optimizer == "sgd" else 2e-2, num_epochs=4, step_epochs=2, gamma=0.5,
                   milestones="2,3", augment=False, accumulation_steps=3 if accumulated else 1)
-    history = script.fit(config, make_data(config, 200))
+    history, _ = script.fit(config, make_data(config, 200))
     assert history.train_accuracy.iloc[-1] > 0.9 and history.train_loss.argmin() > 0
     assert np.isfinite(history.val_loss).all()
 
 
 def test_select_by_loss_keeps_the_epoch_of_the_lowest_loss(tmp_path):
     config = into(tmp_path, num_epochs=6, select_by="loss")
-    history = script.fit(config, make_data(config))
+    history, _ = script.fit(config, make_data(config))
     assert kept(config).metrics["val_loss"] == history.val_loss.min()
 
 
@@ -140,21 +140,21 @@ def test_without_validation_rows_the_last_epoch_is_kept(tmp_path):
     config = into(tmp_path, train_val_split=1.0)
     data = make_data(config)
     assert len(data.split.train_rows) == 40
-    history = script.fit(config, data)
+    history, _ = script.fit(config, data)
     assert history.val_loss.isna().all() and kept(config).metrics["epoch"] == 3
 
 
 def test_early_stopping_ends_a_training_that_does_not_improve(tmp_path, capsys):
     config = into(tmp_path, learning_rate=1e-9, ema_decay=0.0, num_epochs=50, warmup=0.0, early_stopping=3,
                   model="mlp")
-    history = script.fit(config, make_data(config))
+    history, _ = script.fit(config, make_data(config))
     assert "stopped early: 3 epochs without a better validation accuracy" in capsys.readouterr().out
     assert len(history) < 50 and kept(config).metrics["epoch"] == len(history) - 3
 
 
 def test_plateau_lowers_the_rate_while_accuracy_stands_still(tmp_path):
     config = into(tmp_path, learning_rate=1e-6, ema_decay=0.0, model="mlp", num_epochs=8, schedule="plateau")
-    history = script.fit(config, make_data(config))
+    history, _ = script.fit(config, make_data(config))
     assert history.val_accuracy.nunique() == 1, "at this rate nothing is learned"
     assert history.learning_rate.tolist() == pytest.approx([1e-6] * 4 + [5e-7] * 3 + [2.5e-7])
 
@@ -222,7 +222,7 @@ def test_rows_of_a_small_weight_are_learned_less(tmp_path):
         wrong.class_tensor = torch.from_numpy(wrong.targets)
         data.dataset.append(wrong, weight)
         rows = np.concatenate([data.split.train_rows, 80 + np.arange(80)])
-        history = script.fit(config, dataclasses.replace(data, split=Split(rows, data.split.val_rows)))
+        history, _ = script.fit(config, dataclasses.replace(data, split=Split(rows, data.split.val_rows)))
         accuracies.append(history.val_accuracy.iloc[-1])
         assert history.train_accuracy.iloc[-1] > 0.9, "training figures are weighted too"
     assert accuracies[0] > 0.9 and accuracies[1] < 0.1
@@ -231,11 +231,39 @@ def test_rows_of_a_small_weight_are_learned_less(tmp_path):
 def test_validate_returns_the_figures_of_the_validation_rows():
     data, clock = make_data(), TrainingClock(3, 4)
     trainer = Trainer(SMALL, script.build_model(SMALL, 4), CPU, 8)
-    figures = script.validate(trainer, data, clock)
+    figures, returned = script.validate(trainer, data, clock)
     probabilities = script.predict(trainer.result, data.dataset, data.split.val_rows)
     assert figures == script.score(probabilities, data.dataset.targets[data.split.val_rows])
-    assert clock.seconds_per_answer > 0
-    assert script.validate(trainer, dataclasses.replace(data, split=Split(np.arange(40), np.arange(0))), clock) == {}
+    assert clock.seconds_per_answer > 0 and np.array_equal(returned, probabilities)
+    assert script.validate(trainer, dataclasses.replace(data, split=Split(np.arange(40), np.arange(0))),
+                           clock) == ({}, None)
+
+
+def test_fit_returns_the_validation_probabilities_of_the_best_epoch(tmp_path, monkeypatch):
+    """Without the vote they are not computed a second time."""
+    config = into(tmp_path)
+    data = make_data(config, 200)
+    monkeypatch.setattr(script.metrics, "is_better", lambda row, *others: row["epoch"] == 2)
+    _, probabilities = script.fit(config, data)
+    network = CPU.to_device(kept(config).model)
+    assert np.array_equal(probabilities, script.predict(network, data.dataset, data.split.val_rows))
+    predictions = script.finish_network(dataclasses.replace(config, knn_neighbors=5), data, True, probabilities)[1]
+    assert not np.array_equal(predictions.probabilities, probabilities), "the vote changes them"
+    monkeypatch.setattr(script, "predict", None)
+    assert script.finish_network(config, data, False, probabilities)[1].probabilities is probabilities
+
+
+def test_a_resumed_training_without_a_better_epoch_returns_no_probabilities(tmp_path, monkeypatch):
+    """Those of the best epoch were an earlier process's: its network is asked again."""
+    config = into(tmp_path)
+    data = make_data(config)
+    monkeypatch.setattr(script.metrics, "is_better", lambda row, *others: row["epoch"] == 2)
+    interrupt(config, data, step=10)
+    history, probabilities = script.fit(config, data, manager=make_manager(config, data))
+    assert len(history) == 3 and probabilities is None
+    predictions = script.finish_network(config, data, False, probabilities)[1]
+    expected = script.predict(CPU.to_device(kept(config).model), data.dataset, data.split.val_rows)
+    assert np.array_equal(predictions.probabilities, expected)
 
 
 def test_train_returns_the_means_of_its_steps(tmp_path):
@@ -245,7 +273,7 @@ def test_train_returns_the_means_of_its_steps(tmp_path):
     trainer, clock = Trainer(config, model, CPU, 8), TrainingClock(3, 4)
     figures = script.train(trainer, data, TrainingState(), clock, CheckpointManager(), StopSignals())
     shown = dataclasses.replace(data, split=Split(np.arange(0), data.split.train_rows))
-    expected = script.validate(trainer, shown, clock)
+    expected, _ = script.validate(trainer, shown, clock)
     assert figures["train_loss"] == pytest.approx(expected["val_loss"], rel=1e-4)
     assert figures["train_accuracy"] == pytest.approx(expected["val_accuracy"])
 
@@ -274,7 +302,7 @@ def test_the_clock_ends_training_between_optimizer_steps():
 
 def test_training_ends_with_its_time_and_runs_through_the_schedule(tmp_path):
     config = into(tmp_path, num_epochs=100_000)
-    history = script.fit(config, make_data(config), TimeLimit(2.0))
+    history, _ = script.fit(config, make_data(config), TimeLimit(2.0))
     assert len(history) < 100_000
     assert history.learning_rate.iloc[-1] < history.learning_rate.max() / 10
 
@@ -283,7 +311,7 @@ def test_time_that_passes_before_the_first_step_is_part_of_the_training(tmp_path
     config = into(tmp_path, normalize="standard")  # which is measured before the first step
     data = make_data(config)
     data.dataset.before_prediction = lambda: time.sleep(0.2)
-    history = script.fit(config, data, TimeLimit(0.2))
+    history, _ = script.fit(config, data, TimeLimit(0.2))
     assert data.dataset.steps == 0 and len(history) == 1
 
 
@@ -324,9 +352,24 @@ def test_a_vote_that_takes_too_much_of_the_time_is_left_out(monkeypatch, capsys)
     monkeypatch.setattr(script, "VOTE_SHARE", 1e-9)
     none = script.measure_limit(config, data, time.monotonic(), CheckpointManager())
     assert votes.votes and not none.votes and none.answers < votes.answers
-    assert re.fullmatch(r"no nearest-neighbour vote, which would take \d+ s: .*\n", capsys.readouterr().out)
+    assert re.fullmatch(r"no nearest-neighbour vote, which takes at least \d+ s: .*\n", capsys.readouterr().out)
     assert not script.measure_limit(dataclasses.replace(config, knn_neighbors=0), data, time.monotonic(),
                                     CheckpointManager()).votes
+
+
+def test_validation_rows_are_answered_once_more_for_the_vote_or_after_a_resume():
+    data, without = make_data(), dataclasses.replace(SMALL, knn_neighbors=0)
+    train, val, test = len(data.split.train_rows), len(data.split.val_rows), len(data.test)
+
+    def answers(config: Config, found: dict | None = None) -> float:
+        manager = CheckpointManager()
+        manager.found = found
+        return script.measure_limit(config, data, time.monotonic(), manager).answers
+
+    for minutes in (0.0, 1.0):
+        config = dataclasses.replace(without, max_minutes=minutes)
+        assert answers(config) == val + test and answers(config, {"elapsed": 0.0}) == 2 * val + test
+    assert answers(dataclasses.replace(SMALL, knn_neighbors=5)) == 2 * val + test + train
 
 
 def test_without_validation_rows_the_answers_keep_their_time(tmp_path, monkeypatch):
@@ -344,11 +387,11 @@ def test_a_settled_training_ends_early_and_says_so(tmp_path, capsys):
     """At a rate of nearly 0 nothing is learnt. Seven epochs of four steps are compared with the seven before them."""
     config = into(tmp_path, num_epochs=100, learning_rate=1e-9, min_steps=600, ema_decay=0.0, augment=False)
     data = make_data(config)
-    history = script.fit(config, data)
+    history, _ = script.fit(config, data)
     printed = capsys.readouterr().out
     assert len(history) == 21 and "the training accuracy has stopped rising: 7 more epochs\nepoch  15/21" in printed
     assert history.learning_rate.iloc[-1] < history.learning_rate.max() / 20
-    assert len(script.fit(dataclasses.replace(config, min_steps=0, num_epochs=30), data)) == 30
+    assert len(script.fit(dataclasses.replace(config, min_steps=0, num_epochs=30), data)[0]) == 30
 
 
 def test_a_settled_training_that_is_stopped_ends_as_if_it_had_not_been(tmp_path):
@@ -356,10 +399,10 @@ def test_a_settled_training_that_is_stopped_ends_as_if_it_had_not_been(tmp_path)
     data = make_data(config)
     (tmp_path / "a").mkdir()
     interrupt(config, data, step=70)  # of 84
-    history = script.fit(config, data, manager=make_manager(config, data))
+    history, _ = script.fit(config, data, manager=make_manager(config, data))
     assert len(history) == 21 and data.dataset.steps == 84
     (tmp_path / "b").mkdir()
-    whole = script.fit(dataclasses.replace(config, output_dir=str(tmp_path / "b")), data)
+    whole, _ = script.fit(dataclasses.replace(config, output_dir=str(tmp_path / "b")), data)
     assert whole.learning_rate.tolist() == history.learning_rate.tolist()
 
 
@@ -370,7 +413,7 @@ def test_a_poisoned_batch_is_skipped_and_counted_in_the_epoch_line(tmp_path, cap
     config = into(tmp_path, **settings)
     data = make_data(config)
     poison_steps(data, {1, 6})
-    history = script.fit(config, data)
+    history, _ = script.fit(config, data)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert ["  1 steps skipped: not finite" in line for line in lines] == [True, True, False]
     assert history.train_loss.notna().all() and history.val_loss.notna().all() and all_finite(kept(config).model)
@@ -383,7 +426,7 @@ def test_skipped_steps_are_not_part_of_the_figures_of_an_epoch(tmp_path):
         config = into(tmp_path, num_epochs=1, learning_rate=1e-9)
         data = make_data(config)
         poison_steps(data, steps)
-        losses.append(script.fit(config, data).train_loss[0])
+        losses.append(script.fit(config, data)[0].train_loss[0])
     assert losses[1] == pytest.approx(losses[0], rel=0.1)
 
 
@@ -406,7 +449,7 @@ def test_nine_skipped_steps_in_a_row_do_not_end_the_run(tmp_path):
     config = into(tmp_path, num_epochs=5)
     data = make_data(config)
     poison_steps(data, set(range(6, 15)))
-    assert len(script.fit(config, data)) == 5
+    assert len(script.fit(config, data)[0]) == 5
 
 
 def test_ten_skipped_steps_are_seen_after_they_are_over(tmp_path):
@@ -441,7 +484,7 @@ def test_the_remedy_for_a_divergence_works(tmp_path):
     with pytest.raises(DataError, match="start over with --no-resume and a lower --learning-rate"):
         script.fit(config, data, manager=make_manager(config, data))
     lower = dataclasses.replace(config, learning_rate=0.01, resume=False, num_epochs=2)
-    history = script.fit(lower, make_data(lower), manager=make_manager(lower, data, resume=False))
+    history, _ = script.fit(lower, make_data(lower), manager=make_manager(lower, data, resume=False))
     assert len(history) == 2 and all_finite(kept(lower).model)
 
 
@@ -522,7 +565,7 @@ def test_a_resumed_training_is_equal_bit_for_bit(tmp_path, capsys, settings):
         for step in pauses:
             assert "last.pth; the same command resumes from there" in interrupt(config, data, step)
         data.dataset.before_step = lambda number, inputs: None
-        history = script.fit(config, data, manager=make_manager(config, data))
+        history, _ = script.fit(config, data, manager=make_manager(config, data))
         last = load_verified(tmp_path / name / "last.pth")
         assert last["state"]["epoch"] == len(history) + 1
         results.append((sha256_of(kept(config).model.state_dict()), sha256_of(last["trainer"]),
@@ -588,7 +631,7 @@ def test_a_training_with_other_versions_is_resumed_with_a_warning(tmp_path, caps
     content = load_verified(tmp_path / "last.pth")
     content["versions"]["torch"] = "1.0"
     save_verified(tmp_path / "last.pth", content)
-    assert len(script.fit(config, data, manager=make_manager(config, data))) == 3
+    assert len(script.fit(config, data, manager=make_manager(config, data))[0]) == 3
     assert "the run began with another torch" in capsys.readouterr().err
 
 
@@ -597,7 +640,7 @@ def test_a_new_training_discards_what_an_earlier_one_saved(tmp_path):
     data = make_data(config)
     interrupt(config, data, step=6)
     fresh = into(tmp_path, num_epochs=1, resume=False)
-    history = script.fit(fresh, data, manager=make_manager(fresh, data, resume=False))
+    history, _ = script.fit(fresh, data, manager=make_manager(fresh, data, resume=False))
     assert len(history) == 1 and not (tmp_path / "last.pth").exists(), "the next save would come after ten seconds"
 
 

@@ -92,7 +92,7 @@ def train_quietly(config: script.Config, data: script.CompetitionData) -> pd.Dat
     """Train one combination without output. Return its history."""
     data = dataclasses.replace(data, dataset=data.dataset.for_network(config))
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        return script.fit(dataclasses.replace(config, output_dir=folder), data)
+        return script.fit(dataclasses.replace(config, output_dir=folder), data)[0]
 
 
 def read_finished(folder: Path, fingerprint: str, names: list[str]) -> tuple[list[dict], list[dict]]:
