@@ -54,6 +54,7 @@ def test_the_repository_is_not_importable_where_the_bundle_runs(kernel):
     assert "No module named 'pipeline'" in done.stderr
 
 
+@pytest.mark.slow
 def test_an_edited_bundle_runs_alone_in_a_folder(kernel, tmp_path):
     """1,000 images: as many as it takes to decode them in forked processes."""
     data = make_competition(tmp_path / "competition", train_rows=1000)
@@ -70,6 +71,7 @@ def test_an_edited_bundle_runs_alone_in_a_folder(kernel, tmp_path):
     assert left in ([], [f"torchinductor_{getpass.getuser()}"])  # of torch; the unpacked modules are removed
 
 
+@pytest.mark.slow
 def test_versions_of_the_bundle_change_with_an_edit(kernel):
     code = "import runpy; print(runpy.run_path('kernel.py')['device'].versions()['source_sha256'])"
     first = run_alone(kernel, "-c", code).stdout

@@ -142,6 +142,7 @@ def test_the_batch_norm_of_two_ranks_is_their_mean(team):
     assert sums[-1, 0] < sums[0, 0] and all(value.isfinite().all() for value in state.values())
 
 
+@pytest.mark.slow
 def test_each_rank_draws_from_seed_epoch_step_and_rank(team):
     team.train("draws", 2, "--model", "mlp", "--num-epochs", "1", "--dropout", "0", "--erasing", "0.5", "--seed", "3")
     config = script.load_checkpoint(team.folder / "draws" / "best_model.pth").config
@@ -196,6 +197,7 @@ def test_ranks_that_read_other_files_are_refused(team):
     assert "all ranks must read the same files" in team.log("other", 1)
 
 
+@pytest.mark.slow
 def test_too_small_batches_are_refused(team):
     assert team.run("small", 3, *EXACT, "--batch-size", "5") == [2, 2, 2]
     assert "steps of 4 images are less than two for each of 3 ranks; raise --batch-size" in team.log("small")

@@ -117,7 +117,7 @@ def seconds_of_a_run(runs: Runs) -> float:
     return time.monotonic() - started
 
 
-@pytest.mark.parametrize("call, half", [slow(1, True), slow(9, False), (40, True), (67, False), slow(98, True)])
+@pytest.mark.parametrize("call, half", [slow(1, True), slow(9, False), slow(40, True), (67, False), slow(98, True)])
 def test_kill_while_writing_a_checkpoint_loses_nothing(runs, call, half):
     name = f"inside{call}"
     runs.run(name, status=-signal.SIGKILL, call=call, half=half, keep=True)
@@ -204,7 +204,7 @@ def copy_unfinished(runs: Runs, unfinished: Path, name: str) -> Path:
 @pytest.mark.parametrize("flags, difference", [
     slow(["--learning-rate", "0.02"], "--learning-rate 0.01 (not 0.02)"),
     slow(["--model", "digit-cnn"], "--model tiny (not "),
-    (["--seed", "1", "--dropout", "0.1"], "--dropout 0.0 (not 0.1), --seed 0 (not 1)"),
+    slow(["--seed", "1", "--dropout", "0.1"], "--dropout 0.0 (not 0.1), --seed 0 (not 1)"),
     (["--train-csv", "relabelled.csv"], "other training rows or images"),
     slow(["--train-csv", "fewer.csv"], "5 other classes"),
 ])

@@ -107,6 +107,7 @@ def test_a_resumed_run_keeps_its_precision(machine, main_in_process, command, mo
     assert "float32 (auto: as stored)" in printed and stored(command.output) == "float32"
 
 
+@pytest.mark.slow
 def test_a_new_run_does_not_take_the_precision_of_a_finished_one(machine, main_in_process, command):
     machine(bf16=True, gain=0.5)
     assert main_in_process(*without_precision(QUICK))[0] == 0 and stored(command.output) == "float32"
