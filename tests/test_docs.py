@@ -64,11 +64,11 @@ def test_every_page_is_linked_from_the_readme():
 
 
 def shortened(line: str, port: int = 0) -> str | None:
-    """Return a command with one epoch and two ranks; None for those that other tests or .ci/run run."""
+    """Return a command with one epoch, two ranks and three folds; None for those that other tests or .ci/run run."""
     if any(part in line for part in ELSEWHERE):
         return None
     line = re.sub(r"--nproc-per-node=\d", "--nproc-per-node=2", line).replace(":29500", f":{port}")
-    line = line.replace("/kaggle/input/", "").replace("/kaggle/working", "kaggle")
+    line = line.replace("/kaggle/input/", "").replace("/kaggle/working", "kaggle").replace("--folds 5", "--folds 3")
     if re.search(r"script.py(?! predict| evaluate)", line):
         return f"{line} --num-epochs 1 --device cpu --cache-dir cache"
     return line + {"tools.sweep": " --num-epochs 1", "tools.stress": " --rows 20",

@@ -23,7 +23,7 @@ from pipeline.submission import submission_form
 
 NEEDS = {"cifar100-parquet": "pyarrow"}
 TRAINED = ["optdigits", "usps", "medmnist", "emnist-idx", "gtsrb", "leaf-masks", "state-farm", "chest-xray"]
-FAST = ["--model", "cnn", "--num-epochs", "12", "--batch-size", "32", "--knn-neighbors", "0", "--no-pictures",
+FAST = ["--model", "cnn", "--num-epochs", "8", "--batch-size", "32", "--knn-neighbors", "0", "--no-pictures",
         "--num-workers", "0"]
 
 

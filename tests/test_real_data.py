@@ -16,7 +16,7 @@ def finished(request, tmp_path_factory):
     """Return the command and the output of one short run on a real folder."""
     folder = tmp_path_factory.mktemp("real")
     command = Command(Path(request.param), folder / "out", folder / "cache")
-    done = command("--num-epochs", "2", "--max-minutes", "6", "--model", "cnn", timeout=900)
+    done = command("--num-epochs", "1", "--max-minutes", "6", "--model", "cnn", timeout=900)
     assert done.returncode == 0, done.stderr
     return command, done
 

@@ -55,7 +55,7 @@ def test_tool_draws_the_same_bytes_again(tmp_path):
 @pytest.mark.slow
 def test_default_settings_learn_the_sample(tmp_path):
     command = Command(REPOSITORY, tmp_path / "out", tmp_path / "cache")
-    done = command("--max-minutes", "3", timeout=900)
+    done = command("--max-minutes", "2", timeout=900)
     assert done.returncode == 0, done.stderr
     assert pd.read_csv(command.output / "history.csv").val_accuracy.iloc[-1] >= 0.9
     assert len(command.submission()) == 440
