@@ -903,7 +903,7 @@ def measure_limit(config: Config, data: CompetitionData, started: float, manager
     """Return the time that max_minutes leaves, measuring the pace of answers; without it only how many they are."""
     runtime, rows, val_rows = data.dataset.runtime, data.split.train_rows, len(data.split.val_rows)
     test_rows = len(data.test or ()) * (2 if config.folds else 1)  # of folds alone, and averaged
-    votes, vote, used, alone = config.knn_neighbors > 0, len(rows), 0.0, 0.0  # vote: in answers
+    votes, vote_cost, used, alone = config.knn_neighbors > 0, len(rows), 0.0, 0.0  # the cost in answers: features
 
     def seconds_per_image(model: nn.Module) -> float:
         model, sample = runtime.to_device(model), rows[: 4 * runtime.eval_batch_size]
@@ -915,13 +915,13 @@ def measure_limit(config: Config, data: CompetitionData, started: float, manager
         alone = seconds_per_image(model)
         used, = runtime.ranks.all_reduce_max(time.monotonic() - started)
         most = VOTE_SHARE * (60 * config.max_minutes - used + manager.elapsed) / alone
-        if votes and vote <= most:  # the answers take longer, too
+        if votes and vote_cost <= most:  # the answers take longer, too
             voting = KNNClassifier(model, config.knn_neighbors, 0.0, empty_knn_index(model, len(rows)))
-            vote += (val_rows + test_rows) * (seconds_per_image(voting) / alone - 1)
-        if votes and vote > most:
-            print(f"no nearest-neighbour vote, which takes at least {vote * alone:.0f} s: training gains more")
+            vote_cost += (val_rows + test_rows) * (seconds_per_image(voting) / alone - 1)
+        if votes and vote_cost > most:
+            print(f"no nearest-neighbour vote, which takes at least {vote_cost * alone:.0f} s: training gains more")
             votes = False
-    answers = val_rows + test_rows + (val_rows + vote if votes else val_rows * bool(manager.found))
+    answers = val_rows + test_rows + (val_rows + vote_cost if votes else val_rows * bool(manager.found))
     fixed = 8 + 4 * config.pictures  # seconds to import, write, exit and draw
     return time_limit(config.max_minutes or math.inf, used, fixed, answers, alone, votes, bool(config.folds),
                       not manager.found)
