@@ -54,21 +54,19 @@ def from_text(annotation: object, text: str) -> object:
         return text
 
 
-def field_comments(config_class: type) -> dict[str, str]:
-    """Return the trailing comment of each field; none in a notebook cell, whose source Python does not find."""
-    with contextlib.suppress(OSError, TypeError):
-        return dict(re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(config_class), re.MULTILINE))
-    return {}
+@functools.cache  # Python parses the whole file to find a class
+def describe_fields(config_class: type) -> dict[str, tuple[str, str]]:
+    """Return each field's heading (the comment line that it stands below) and trailing comment.
 
-
-def field_headings(config_class: type) -> dict[str, str]:
-    """Return the comment line that each field stands below; none in a notebook cell."""
-    headings, heading = {}, ""
+    Empty in a notebook cell, whose source Python does not find.
+    """
+    found, heading = {}, ""
     with contextlib.suppress(OSError, TypeError):
-        for comment, name in re.findall(r"^    (?:# ([^:\n]+)|(\w+): )", inspect.getsource(config_class), re.MULTILINE):
-            heading = comment.lower() or heading
-            headings[name] = heading
-    return headings
+        for line, name, comment in re.findall(r"^    (?:# ([^:\n]+).*|(\w+): .*?(?:  # (.+))?)$",
+                                              inspect.getsource(config_class), re.MULTILINE):
+            heading = line.lower() or heading
+            found[name] = heading, comment
+    return found
 
 
 def make_parser(config_class: type, presets: dict[str, dict], commands: dict[str, str],
@@ -88,13 +86,13 @@ def make_parser(config_class: type, presets: dict[str, dict], commands: dict[str
                         help="; ".join(f"{name}: {text}" for name, text in commands.items()))
     parser.add_argument("--preset", choices=presets, metavar="NAME",
                         help=f"start from a recipe; other flags override it: {', '.join(presets)}")
-    comments, hints, groups = field_comments(config_class), typing.get_type_hints(config_class), {}
-    headings = field_headings(config_class) | dict.fromkeys(most_used, "most used")
+    described, hints, groups = describe_fields(config_class), typing.get_type_hints(config_class), {}
     for name in dict.fromkeys([*most_used, *hints]):
-        heading, annotation = headings.get(name, "settings"), hints[name]
+        (heading, comment), annotation = described.get(name, ("settings", "")), hints[name]
+        heading = "most used" if name in most_used else heading
         group = groups[heading] = groups.get(heading) or parser.add_argument_group(heading)
         default = getattr(config_class, name)
-        text = f"{comments.get(name, '')} (default: {'auto' if default is None else repr(default)})".replace("%", "%%")
+        text = f"{comment} (default: {'auto' if default is None else repr(default)})".replace("%", "%%")
         kinds = [getattr(kind, "__name__", kind) for kind in typing.get_args(annotation) or [annotation]]
         form = {"action": argparse.BooleanOptionalAction} if annotation is bool else {
             "type": functools.partial(from_text, annotation), "metavar": "|".join(kinds).replace("NoneType", "auto")}

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from conftest import make_competition
 
-from pipeline.cli import field_comments
+from pipeline.cli import describe_fields
 from pipeline.device import versions
 from script import Config
 from tools import bundle
@@ -98,7 +98,7 @@ def test_a_notebook_cell_runs_the_bundle_twice(kernel, tmp_path):
 
 def test_help_shows_the_comments_of_config(kernel):
     done = run_alone(kernel, kernel.name, "--help")
-    assert done.returncode == 0 and field_comments(Config)["num_epochs"] in " ".join(done.stdout.split())
+    assert done.returncode == 0 and describe_fields(Config)["num_epochs"][1] in " ".join(done.stdout.split())
 
 
 def test_the_bundle_says_how_it_was_made(kernel):

@@ -102,7 +102,7 @@ def test_flag_has_dashes():
 
 
 def test_comments_are_the_help_texts():
-    assert cli.field_comments(Settings)["count"] == "whole number, 50% of it"
+    assert cli.describe_fields(Settings)["count"][1] == "whole number, 50% of it"
     text = " ".join(cli.make_parser(Settings, {}, COMMANDS).format_help().split())
     assert "whole number, 50% of it (default: 2)" in text and "a size in pixels (default: " in text
     assert "share of something (default: 0.5)" in text
@@ -113,7 +113,7 @@ def test_class_without_source_has_no_comments():
     """As in a notebook cell, whose source Python does not find."""
     pasted = {}
     exec("import dataclasses\n@dataclasses.dataclass\nclass Pasted:\n    size: int = 1  # a size\n", pasted)
-    assert cli.field_comments(pasted["Pasted"]) == {}
+    assert cli.describe_fields(pasted["Pasted"]) == {}
     assert "--size" in cli.make_parser(pasted["Pasted"], {}, COMMANDS).format_help()
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 import script
 from pipeline import ensemble, splits, tables
-from pipeline.cli import field_comments, flag_of
+from pipeline.cli import describe_fields, flag_of
 from pipeline.decoding import (
     background_of,
     depth_of,
@@ -47,7 +47,8 @@ def make_parser(module: str, documentation: str, *names: str, **defaults: object
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=documentation, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = {**field_comments(script.Config), "checkpoint": "checkpoint of script.py"}
+    comments = {name: comment for name, (_, comment) in describe_fields(script.Config).items()}
+    comments["checkpoint"] = "checkpoint of script.py"
     for name in (*names, *defaults):
         default = defaults[name] if name in defaults else getattr(script.Config, name, script.Config.model_file)
         shown = OF_NONE.get(name, "that of the checkpoint") if default is None else repr(str(default))
