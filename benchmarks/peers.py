@@ -6,9 +6,10 @@
 The training rows of COMPETITION become a competition of their own, whose test table are the validation rows without
 their labels. Every program reads its two tables and writes answers, in a process of its own, one after another: ours
 with its default recipe and all rows to train on, the others by the scripts in benchmarks/peer_scripts/, as their
-documentation recommends for small grey images: from scratch, at 32 pixels, and for as many steps as there is time for.
-Prints seconds, accuracy, images per second while training, peak memory with all processes, and the lines of code that
-a user writes. A script that takes longer than its minutes is shown with its seconds.
+documentation recommends for small grey images: from scratch, at 32 pixels, for as many steps as there is time for, and
+in the precision that ours takes on this machine, but for fastai, which computes in float32. Prints seconds, accuracy,
+images per second while training, peak memory with all processes, and the lines of code that a user writes. A script
+that takes longer than its minutes is shown with its seconds.
 """
 
 import contextlib
@@ -97,10 +98,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         config = script.Config(data_dir=given.data_dir, cache_dir=given.cache_dir, model="cnn", test_csv="none")
-        labels = write_competition(config, folder, given.rows)
+        labels, precision = write_competition(config, folder, given.rows), start_runtime(config.device).precision
         for peer in given.peers:
             answers = folder / f"{peer}.csv"
-            command = [sys.executable, str(SCRIPTS / f"{peer}_script.py"), name, str(given.minutes), str(answers)]
+            command = [sys.executable, str(SCRIPTS / f"{peer}_script.py"), name, str(given.minutes), str(answers),
+                       precision]
             if peer == "ours":
                 command = [sys.executable, str(SCRIPT), "--data-dir", name, "--output-dir", name, "--cache-dir", name,
                            "--max-minutes", str(given.minutes), "--train-val-split", "1", "--submission-file",

@@ -1,4 +1,4 @@
-"""Lightning with torchvision's network, transforms and OneCycleLR. Arguments: folder, minutes, answers."""
+"""Lightning with torchvision's network, transforms and OneCycleLR. Arguments: folder, minutes, answers, precision."""
 
 import sys
 import time
@@ -53,8 +53,8 @@ class Classifier(lightning.LightningModule):
 
 
 def trainer(steps):
-    return lightning.Trainer(accelerator="cpu", precision="bf16-mixed", max_steps=steps, max_epochs=-1, logger=False,
-                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    return lightning.Trainer(accelerator="cpu", precision={"bf16": "bf16-mixed"}.get(sys.argv[4], 32), max_steps=steps,
+                             max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 
 dataset = Images(train.image_path.tolist(), train.label.map(numbers).tolist(), augment)

@@ -1,4 +1,4 @@
-"""timm: create_model, its optimizer, schedule, mixup, augmentation and loader. Arguments: folder, minutes, answers."""
+"""timm: create_model, optimizer, schedule, mixup and loader. Arguments: folder, minutes, answers, precision."""
 
 import sys
 import time
@@ -14,7 +14,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 
 started = time.monotonic()
-folder, seconds, answers = Path(sys.argv[1]), 60 * float(sys.argv[2]), sys.argv[3]
+folder, seconds, answers, bf16 = Path(sys.argv[1]), 60 * float(sys.argv[2]), sys.argv[3], sys.argv[4] == "bf16"
 train, test = pd.read_csv(folder / "train.csv", dtype=str), pd.read_csv(folder / "test.csv", dtype=str)
 classes = sorted(train.label.unique())
 numbers = {label: number for number, label in enumerate(classes)}
@@ -46,7 +46,7 @@ optimizer, loss_function = create_optimizer_v2(model, opt="adamw", lr=2e-3, weig
 
 def step(images, targets):
     images, targets = mixup(images[: len(images) // 2 * 2], targets[: len(targets) // 2 * 2])
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(images.contiguous(memory_format=torch.channels_last))
     loss = loss_function(logits.float(), targets)
     optimizer.zero_grad()
@@ -72,6 +72,6 @@ while done < steps and time.monotonic() - begun < left:
 print(f"{128 * done / (time.monotonic() - begun):.0f} images/s")
 
 model.eval()
-with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
     found = torch.cat([model(images).argmax(1) for images, _ in test_loader])
 pd.DataFrame({"label": [classes[number] for number in found]}).to_csv(answers, index=False)
