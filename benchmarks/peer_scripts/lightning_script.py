@@ -53,8 +53,9 @@ class Classifier(lightning.LightningModule):
 
 
 def trainer(steps):
-    return lightning.Trainer(accelerator="cpu", precision={"bf16": "bf16-mixed"}.get(sys.argv[4], 32), max_steps=steps,
-                             max_epochs=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    precision = "bf16-mixed" if sys.argv[4] == "bf16" else "32-true"
+    return lightning.Trainer(accelerator="cpu", precision=precision, max_steps=steps, max_epochs=-1, logger=False,
+                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
 
 
 dataset = Images(train.image_path.tolist(), train.label.map(numbers).tolist(), augment)
