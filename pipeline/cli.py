@@ -62,10 +62,11 @@ def describe_fields(config_class: type) -> dict[str, tuple[str, str]]:
     """
     found, heading = {}, ""
     with contextlib.suppress(OSError, TypeError):
-        for line, name, comment in re.findall(r"^    (?:# ([^:\n]+).*|(\w+): .*?(?:  # (.+))?)$",
-                                              inspect.getsource(config_class), re.MULTILINE):
-            heading = line.lower() or heading
-            found[name] = heading, comment
+        for title, name, comment in re.findall(r"^    (?:# ([^:\n]+).*|(\w+): .*?(?:  # (.+))?)$",
+                                               inspect.getsource(config_class), re.MULTILINE):
+            heading = title.lower() or heading
+            if name:
+                found[name] = heading, comment
     return found
 
 

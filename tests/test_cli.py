@@ -102,7 +102,8 @@ def test_flag_has_dashes():
 
 
 def test_comments_are_the_help_texts():
-    assert cli.describe_fields(Settings)["count"][1] == "whole number, 50% of it"
+    assert cli.describe_fields(Settings)["count"] == ("", "whole number, 50% of it")
+    assert list(cli.describe_fields(Config)) == list(HINTS), "every field, and nothing else"
     text = " ".join(cli.make_parser(Settings, {}, COMMANDS).format_help().split())
     assert "whole number, 50% of it (default: 2)" in text and "a size in pixels (default: " in text
     assert "share of something (default: 0.5)" in text

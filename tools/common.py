@@ -47,15 +47,14 @@ def make_parser(module: str, documentation: str, *names: str, **defaults: object
     """
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=documentation, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    comments = {name: comment for name, (_, comment) in describe_fields(script.Config).items()}
-    comments["checkpoint"] = "checkpoint of script.py"
+    described = {**describe_fields(script.Config), "checkpoint": ("", "checkpoint of script.py")}
     for name in (*names, *defaults):
         default = defaults[name] if name in defaults else getattr(script.Config, name, script.Config.model_file)
         shown = OF_NONE.get(name, "that of the checkpoint") if default is None else repr(str(default))
         form = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else {
             "type": Path if name in ("output_dir", "checkpoint") else str}
         parser.add_argument(flag_of(name), default=default, **form,
-                            help=f"{comments[name]} (default: {shown})".replace("%", "%%"))
+                            help=f"{described[name][1]} (default: {shown})".replace("%", "%%"))
     return parser
 
 
