@@ -759,7 +759,7 @@ def validate(trainer: Trainer, data: CompetitionData, clock: TrainingClock) -> t
     if not len(rows):
         return {}, None
     probabilities = predict(trainer.result, data.dataset, rows)
-    clock.seconds_per_answer = (time.monotonic() - begun) / len(rows)
+    clock.answer_seconds.append((time.monotonic() - begun) / len(rows))
     return score(probabilities, data.dataset.targets[rows]), probabilities
 
 

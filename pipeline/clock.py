@@ -15,10 +15,7 @@ REST = 0.5            # epochs that a settled training still takes, as a share o
 
 @dataclass(frozen=True)
 class TimeLimit:
-    """Seconds for a training and the answers after it; answers are counted as passes of an image through the network.
-
-    Their time is measured before the training, and again with each validation.
-    """
+    """Seconds for a training and the answers after it, which are counted as passes of an image through the network."""
 
     seconds: float = math.inf
     answers: float = 0.0
@@ -51,7 +48,7 @@ class TrainingClock:
     def __init__(self, epochs: int, steps_per_epoch: int, limit: TimeLimit | None = None):
         self.epochs, self.steps_per_epoch = epochs, steps_per_epoch
         self.limit, self.started = limit or TimeLimit(), time.monotonic()
-        self.seconds_per_answer = self.limit.seconds_per_answer  # as measured last
+        self.answer_seconds = [self.limit.seconds_per_answer]  # measured before the training and by each validation
         self.earlier = 0.0  # seconds of training by earlier processes, which are not part of the limit
         self.settled = 0    # the epoch in which the training settled, 0 before
 
@@ -59,6 +56,11 @@ class TrainingClock:
     def elapsed(self) -> float:
         """Seconds of training so far."""
         return time.monotonic() - self.started + self.earlier
+
+    @property
+    def seconds_per_answer(self) -> float:
+        """The seconds of an answer as measured last, or on average if that is longer."""
+        return max(self.answer_seconds[-1], sum(self.answer_seconds) / len(self.answer_seconds))
 
     @property
     def last_epoch(self) -> int:
@@ -96,8 +98,7 @@ class TrainingClock:
         """
         window, epochs = math.ceil(SETTLED_STEPS / self.steps_per_epoch), len(accuracies)
         gain = sum(accuracies[-window:]) - sum(accuracies[-2 * window : -window])
-        if self.settled or epochs < 2 * window or gain >= SETTLED_GAIN * window or (
-                epochs + math.ceil(REST * epochs) >= self.epochs):
-            return False
-        self.settled = epochs
-        return True
+        ends = (not self.settled and epochs >= 2 * window and gain < SETTLED_GAIN * window
+                and epochs + math.ceil(REST * epochs) < self.epochs)
+        self.settled = epochs if ends else self.settled
+        return ends

@@ -60,10 +60,19 @@ def test_a_clock_leaves_as_much_time_for_the_answers_as_they_were_last_seen_to_t
     clock = TrainingClock(1000, 1000, TimeLimit(1000, answers=100, seconds_per_answer=1))
     clock.started -= 100
     assert clock.progress(0) == pytest.approx(100 / (1000 - 100 * MARGIN), rel=1e-3)
-    clock.seconds_per_answer = 5
+    clock.answer_seconds.append(5)
     assert clock.progress(0) == pytest.approx(100 / (1000 - 500 * MARGIN), rel=1e-3)
-    clock.seconds_per_answer = 50  # the machine has become so slow that no time is left for training
+    clock.answer_seconds.append(50)  # the machine has become so slow that no time is left for training
     assert clock.progress(0) == 1
+
+
+def test_a_validation_in_a_fast_moment_does_not_shorten_the_time_that_is_left_for_the_answers():
+    """Of 45 minutes on a machine that others use too, the last validation was a quarter faster than the answers."""
+    clock = TrainingClock(1000, 1000, TimeLimit(1000, answers=100, seconds_per_answer=1))
+    clock.answer_seconds += [1.0, 1.2, 0.8]
+    assert clock.seconds_per_answer == 1
+    clock.answer_seconds.append(1.5)
+    assert clock.seconds_per_answer == 1.5
 
 
 def test_a_limit_is_what_is_not_used_or_fixed():

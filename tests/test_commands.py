@@ -65,15 +65,15 @@ def test_run_record_holds_settings_versions_and_device(finished):
     assert checkpoint["classes"] == CLASSES and own == checkpoint["metrics"]
 
 
-def test_predict_gives_the_same_submission(finished, tmp_path):
+def test_predict_gives_the_same_submission(finished, tmp_path, capsys):
     command, _ = finished
     again = Command(command.data, tmp_path / "out", command.cache)
     done = again("predict", str(command.output / "best_model.pth"))
     assert done.returncode == 0, done.stderr
     assert again.submission().equals(command.submission())
     assert "decoded" not in done.stdout  # the first run left the images in the cache
-    twice = again("predict", *[str(command.output / "best_model.pth")] * 2)
-    assert "the mean of 2 networks" in twice.stdout and again.submission().equals(command.submission())
+    assert script.main(again.arguments("predict", *[str(command.output / "best_model.pth")] * 2)) == 0
+    assert "the mean of 2 networks" in capsys.readouterr().out and again.submission().equals(command.submission())
 
 
 def test_evaluate_repeats_the_metrics_of_the_validation_rows(finished, tmp_path):
@@ -180,8 +180,8 @@ def test_permuting_the_test_table_permutes_the_submission(finished, tmp_path):
     test = pd.read_csv(command.data / "test.csv", dtype=str).sample(frac=1, random_state=1)
     test.to_csv(tmp_path / "test.csv", index=False)
     again = Command(command.data, tmp_path / "out", command.cache)
-    done = again("predict", str(command.output / "best_model.pth"), "--test-csv", str(tmp_path / "test.csv"))
-    assert done.returncode == 0, done.stderr
+    network = str(command.output / "best_model.pth")
+    assert script.main(again.arguments("predict", network, "--test-csv", str(tmp_path / "test.csv"))) == 0
     straight = command.submission().set_index("example_id").label
     assert again.submission().example_id.tolist() == test.example_id.tolist()
     assert again.submission().set_index("example_id").label.to_dict() == straight.to_dict()

@@ -69,8 +69,7 @@ def test_a_run_validates_on_the_rows_of_train_test_split(tmp_path):
     """With the labels as pandas reads them, and no flag that concerns the split."""
     command = Command(make_competition(tmp_path / "data", 203, 5), tmp_path / "out", tmp_path / "cache")
     make_distinct(command.data)
-    done = command(*TINY)
-    assert done.returncode == 0, done.stderr
+    assert script.main(command.arguments(*TINY)) == 0
     labels = pd.read_csv(command.data / "train.csv").label
     expected = train_test_split(np.arange(len(labels)), test_size=0.1, stratify=labels, random_state=42)[1]
     saved = np.load(command.output / "val_probabilities.npz")

@@ -6,7 +6,9 @@ import signal
 import sys
 from pathlib import Path
 
-import torch._dynamo  # noqa: F401  (the first optimizer imports it, which takes longer than the runs here)
+# What a run imports with its split and its first optimizer takes longer than the runs here: once, before they fork.
+import sklearn.model_selection  # noqa: F401
+import torch._dynamo  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
