@@ -71,7 +71,8 @@ def make_pixel_competition(folder: Path, train_rows: int = 60, test_rows: int = 
 
 
 # With a precision, so that two commands beside other tests compute alike: "auto" is a timing.
-QUICK = ["--num-epochs", "2", "--batch-size", "16", "--image-size", "16", "--no-pictures", "--precision", "float32"]
+QUICK = ["--num-epochs", "2", "--batch-size", "16", "--image-size", "16", "--no-pictures", "--precision", "float32",
+         "--model", "tiny"]
 
 
 class Command:

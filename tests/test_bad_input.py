@@ -260,12 +260,11 @@ REMEDIES = {
 def test_remedy_of_message_works(main_in_process, command, remedy):
     fault, change = REMEDIES[remedy]
     fault(command.data)
-    flags = [*QUICK, "--model", "tiny"]
-    status, _, error = main_in_process(*flags)
+    status, _, error = main_in_process(*QUICK)
     assert status == 1 and remedy in error, error
     if callable(change):
         change(command.data)
-    status, _, error = main_in_process(*flags, *([] if callable(change) else change))
+    status, _, error = main_in_process(*QUICK, *([] if callable(change) else change))
     assert status == 0 and len(command.submission()) >= 20, error
 
 
@@ -325,9 +324,9 @@ def test_unusable_settings_are_usage_errors(main_in_process, arguments, message)
     (["--precision", "fp16"], ["--precision", "float32"]),
 ])
 def test_remedy_of_usage_error_works(main_in_process, arguments, remedy):
-    status, _, error = main_in_process(*QUICK, "--model", "tiny", *arguments)
+    status, _, error = main_in_process(*QUICK, *arguments)
     assert status == 2 and remedy[1] in error, error
-    assert main_in_process(*QUICK, "--model", "tiny", *remedy)[0] == 0
+    assert main_in_process(*QUICK, *remedy)[0] == 0
 
 
 @pytest.mark.slow
@@ -398,7 +397,7 @@ def trained(tmp_path_factory):
     """Return the command of a competition with a network that was trained on it."""
     folder = tmp_path_factory.mktemp("trained")
     command = Command(make_competition(folder / "competition"), folder / "out", folder / "cache")
-    assert script.main(command.arguments(*QUICK, "--model", "tiny")) == 0
+    assert script.main(command.arguments(*QUICK)) == 0
     return command
 
 
@@ -525,7 +524,7 @@ def test_bad_images_are_skipped_on_request(main_in_process, command):
 def test_early_stopping_needs_validation_rows_with_usable_images(main_in_process, command):
     for row in range(15, 100):  # three rows of each class keep their images
         image(command.data, row).write_bytes(b"")
-    flags = [*QUICK, "--model", "tiny", "--on-bad-image", "skip"]
+    flags = [*QUICK, "--on-bad-image", "skip"]
     status, _, error = main_in_process(*flags, "--early-stopping", "2")
     assert status == 2 and "--early-stopping need validation rows" in error and "Traceback" not in error
     assert error.strip().endswith("leave them out")
@@ -539,13 +538,13 @@ def test_inputs_are_not_overwritten(main_in_process, command, flags):
     (command.data / "classes.csv").write_text("label,latex\n3,3\n")
     before = {path.name: path.read_bytes() for path in command.data.glob("*.csv")}
     command.output = command.data
-    status, _, error = main_in_process(*QUICK, "--model", "tiny", *flags)
+    status, _, error = main_in_process(*QUICK, *flags)
     assert status == 2 and f"{flags[1]}: is an input and would be overwritten" in error, error
     assert {path.name: path.read_bytes() for path in command.data.glob("*.csv")} == before
 
 
 def test_predict_does_not_overwrite_averaged_files(main_in_process, command):
-    assert main_in_process(*QUICK, "--model", "tiny", "--save-probabilities")[0] == 0
+    assert main_in_process(*QUICK, "--save-probabilities")[0] == 0
     member = command.output / "test_probabilities.npz"
     status, _, error = main_in_process("predict", str(member), "--save-probabilities")
     assert status == 2 and "test_probabilities.npz: is an input and would be overwritten" in error
@@ -585,7 +584,7 @@ def test_other_background_of_test_images_is_warned_of(main_in_process, command):
         path = image(command.data, row, "test.csv")
         Image.eval(Image.open(path), lambda grey: 255 - grey).save(path)
     warning = "test.csv: the training images are black on white and these are the opposite"
-    status, _, error = main_in_process(*QUICK, "--model", "tiny")
+    status, _, error = main_in_process(*QUICK)
     assert status == 0 and warning in error
     assert warning in main_in_process("predict", str(command.output / "best_model.pth"))[2]
     pd.read_csv(command.data / "test.csv").assign(label="3").to_csv(command.data / "known.csv", index=False)
@@ -599,7 +598,7 @@ def test_paths_from_another_folder_suggest_root_dir(main_in_process, command):
         table.assign(image_path="Dataset_Image/" + table.image_path).to_csv(command.data / name, index=False)
     status, _, error = main_in_process(*QUICK)
     assert status == 1 and "train.csv: none of its images can be used" in error and "give --root-dir . " in error
-    assert main_in_process(*QUICK, "--model", "tiny", "--root-dir", ".")[0] == 0
+    assert main_in_process(*QUICK, "--root-dir", ".")[0] == 0
     table.assign(image_path="nowhere/" + table.image_path).to_csv(command.data / "train.csv", index=False)
     assert "do not start from" in main_in_process(*QUICK)[2]
 
@@ -608,7 +607,7 @@ def test_paths_without_extensions_are_completed(main_in_process, command):
     table = pd.read_csv(command.data / "train.csv", dtype=str)
     bare = table.image_path.str.removesuffix(".png")
     table.assign(image_path=bare).to_csv(command.data / "train.csv", index=False)
-    status, out, _ = main_in_process(*QUICK, "--model", "tiny")
+    status, out, _ = main_in_process(*QUICK)
     assert status == 0 and "train.csv: 100 image paths differ from their files in extension, case, Unicode form" in out
 
 
@@ -618,16 +617,16 @@ def test_training_images_in_place_of_test_images_are_warned_of(main_in_process, 
     test = table.assign(example_id=range(30)).drop(columns="label")
     test.to_csv(command.data / "test.csv", index=False)
     warning = "test.csv: 30 of its 30 images are files of "
-    status, _, error = main_in_process(*QUICK, "--model", "tiny")
+    status, _, error = main_in_process(*QUICK)
     assert status == 0 and warning in error and "name it with --test-root" in error
-    status, out, error = main_in_process(*QUICK, "--model", "tiny", "--test-root", "held")
+    status, out, error = main_in_process(*QUICK, "--test-root", "held")
     assert status == 0 and warning not in error
     assert "30 images to predict have the pixels of a labelled one" in out
 
 
 def test_a_run_without_a_test_table_writes_everything_but_a_submission(main_in_process, command):
     (command.data / "test.csv").unlink()
-    status, _, error = main_in_process(*QUICK, "--model", "tiny")
+    status, _, error = main_in_process(*QUICK)
     assert status == 1 and "test.csv: no such file" in error and "or train without one: --test-csv none" in error
     status, out, error = main_in_process("--model", "tiny", "--num-epochs", "2", "--test-csv", "none",
                                          "--save-probabilities")
@@ -640,7 +639,7 @@ def test_a_run_without_a_test_table_writes_everything_but_a_submission(main_in_p
 
 
 def test_folds_without_a_test_table(main_in_process, command):
-    status, _, error = main_in_process(*QUICK, "--model", "tiny", "--test-csv", "none", "--folds", "2")
+    status, _, error = main_in_process(*QUICK, "--test-csv", "none", "--folds", "2")
     assert status == 0 and (command.output / "oof_probabilities.npz").exists(), error
     assert not list(command.output.rglob("submission.csv"))
 
@@ -655,13 +654,13 @@ def test_image_of_the_data_is_neither_overwritten_nor_removed(main_in_process, c
     table.loc[3, "image_path"] = "data/samples.png"
     table.to_csv(command.data / "train.csv", index=False)
     before = taken.read_bytes()
-    status, _, error = main_in_process(*QUICK, "--model", "tiny", *flags)
+    status, _, error = main_in_process(*QUICK, *flags)
     assert status == 2 and "samples.png: is an input and would be overwritten" in error and error.count("\n") == 1
     assert taken.read_bytes() == before
 
 
 def test_evaluate_does_not_overwrite_its_table(main_in_process, command):
-    assert main_in_process(*QUICK, "--model", "tiny")[0] == 0
+    assert main_in_process(*QUICK)[0] == 0
     table = command.data / "evaluation_class_accuracy.csv"
     table.write_bytes((command.data / "train.csv").read_bytes())
     network, command.output = command.output / "best_model.pth", command.data
@@ -679,14 +678,14 @@ def test_table_without_usable_images_is_refused(main_in_process, command):
 
 def test_matching_sample_submission_is_accepted(main_in_process, command):
     sample(lambda table: table)(command.data)
-    assert main_in_process(*QUICK, "--model", "tiny")[0] == 0
+    assert main_in_process(*QUICK)[0] == 0
 
 
 def test_repeated_rows_are_counted(main_in_process, command):
     table = pd.read_csv(command.data / "train.csv", dtype=str)
     repeated = pd.concat([table, table.iloc[:3], table.iloc[[7]].assign(label="17")])
     repeated.to_csv(command.data / "train.csv", index=False)
-    status, out, _ = main_in_process(*QUICK, "--model", "tiny")
+    status, out, _ = main_in_process(*QUICK)
     assert status == 0 and "; 4 rows name an image of an earlier row" in out
     assert ", 1 images have several labels (the first: rows 9, 105)" in out
 
@@ -713,7 +712,7 @@ def test_unusual_but_valid_tables_are_accepted(main_in_process, command):
         command.data / "train.csv", index=False, encoding="utf-8-sig", lineterminator="\r\n")
     test.assign(example_id="id " + test.example_id, label="3")[["label", "example_id", "user_id", "image_path"]].to_csv(
         command.data / "test.csv", index=False)
-    status, out, error = main_in_process(*QUICK, "--model", "tiny")
+    status, out, error = main_in_process(*QUICK)
     assert status == 0, error
     assert "too few rows to split, so that they are only trained on: NA" in out
     assert command.submission().example_id.tolist() == ("id " + test.example_id).tolist()

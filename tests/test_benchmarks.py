@@ -88,7 +88,7 @@ def test_ensemble_prints_each_network_and_the_mean(trained):
     ("shift", ["--rows", "30"], r"\| mean of 31 \| \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \| [0-9.]+ \|"),
     ("growth", ["--sizes", "300", "900", "--steps", "5"], r"\| 900 \| [0-9.]+ \| \d+ \|"),
     ("data_path", [], "."),
-    ("digits", ["--held-out", "50", "--seeds", "0", "1", "--model", "mlp", *QUICK],
+    ("digits", ["--held-out", "50", "--seeds", "0", "1", *QUICK],
      r"probabilities averaged \| [0-9.]+"),
 ])
 def test_a_benchmark_runs_to_its_end(trained, name, arguments, expected):
@@ -101,7 +101,7 @@ def test_a_benchmark_runs_to_its_end(trained, name, arguments, expected):
 @pytest.mark.slow
 def test_digits_in_an_output_folder_are_trained_once(trained, tmp_path):
     data, *_ = trained
-    command = ["digits", "--data-dir", str(data), "--held-out", "50", "--model", "mlp", "--output-dir", str(tmp_path)]
+    command = ["digits", "--data-dir", str(data), "--held-out", "50", "--output-dir", str(tmp_path)]
     first = benchmark(*command, *QUICK)
     written = (tmp_path / "seed0" / "best_model.pth").stat().st_mtime_ns
     assert benchmark(*command, *QUICK) == first

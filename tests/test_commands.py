@@ -113,10 +113,9 @@ def test_evaluate_refuses_unknown_label(finished, tmp_path, capsys):
 
 
 def test_files_of_an_earlier_run_are_removed(command, main_in_process):
-    short = [*QUICK, "--model", "tiny"]
-    assert main_in_process(*short, "--save-probabilities", "--pictures")[0] == 0
+    assert main_in_process(*QUICK, "--save-probabilities", "--pictures")[0] == 0
     assert set(os.listdir(command.output)) >= {"test_probabilities.npz", "val_probabilities.npz", "curves.png"}
-    assert main_in_process(*short, "--train-val-split", "1")[0] == 0
+    assert main_in_process(*QUICK, "--train-val-split", "1")[0] == 0
     assert set(os.listdir(command.output)) == {"best_model.pth", "submission.csv", "history.csv", "run.json"}
 
 
@@ -191,7 +190,7 @@ def test_permuting_the_test_table_permutes_the_submission(finished, tmp_path):
 def test_two_runs_with_one_seed_give_the_same_files(command, tmp_path):
     texts = []
     for seed in ("1", "1", "2"):
-        assert command(*QUICK, "--seed", seed).returncode == 0
+        assert command(*QUICK, "--model", "cnn", "--seed", seed).returncode == 0
         history = pd.read_csv(command.output / "history.csv").drop(columns="seconds")
         texts.append((command.output / "submission.csv").read_text() + history.to_csv())
     assert texts[0] == texts[1] != texts[2]
@@ -274,9 +273,9 @@ def test_a_run_says_what_to_expect_of_the_test_rows(main_in_process, command):
     assert (kept[:10], wrote[:6], total[:10]) == ("kept epoch", "wrote ", "total time"), "these stand last"
     assert expected in expected_line and "network alone" in alone and f"{metrics['val_accuracy']:.2%}, top 3" in kept
     assert max(map(len, (expected_line, alone, kept))) <= 80
-    status, out, _ = main_in_process(*QUICK, "--model", "tiny", "--folds", "2", "--no-resume")
+    status, out, _ = main_in_process(*QUICK, "--folds", "2", "--no-resume")
     assert status == 0 and "expected accuracy on the test rows" in out.splitlines()[-4]
-    status, out, _ = main_in_process(*QUICK, "--model", "tiny", "--train-val-split", "1", "--no-resume")
+    status, out, _ = main_in_process(*QUICK, "--train-val-split", "1", "--no-resume")
     assert status == 0 and "expected accuracy" not in out
 
 
@@ -295,7 +294,7 @@ def test_predict_turns_pixels_as_the_training_did(tmp_path, capsys):
     assert script.main(command.arguments("predict", network)) == 0
     assert not command.submission().equals(answers)
     other = Command(command.data, tmp_path / "other", command.cache)
-    assert script.main(other.arguments(*QUICK, "--model", "tiny")) == 0
+    assert script.main(other.arguments(*QUICK)) == 0
     assert script.main(command.arguments("predict", network, str(other.output / "best_model.pth"))) == 2
     assert "trained with different --transpose or --pixel-shape; use one at a time" in capsys.readouterr().err
 
@@ -307,7 +306,7 @@ def test_an_image_of_a_folder_is_named_by_its_path(tmp_path, capsys):
             (data / part / label).mkdir(parents=True, exist_ok=True)
             os.link(sorted((data / "Dataset_Image" / "data").iterdir())[number], data / part / label / f"{number}.png")
     command = Command(data, tmp_path / "out", tmp_path / "cache")
-    flags = ["--train-csv", "train", "--test-csv", "none", *QUICK, "--model", "tiny"]
+    flags = ["--train-csv", "train", "--test-csv", "none", *QUICK]
     assert script.main(command.arguments(*flags)) == 0
     assert script.main(command.arguments("evaluate", str(command.output / "best_model.pth"), "--test-csv", "held")) == 1
     assert f"{data}/held/c/1.png: label 'c' is none of the 2 classes" in capsys.readouterr().err

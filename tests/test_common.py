@@ -11,7 +11,7 @@ import script
 from pipeline.errors import DataError
 from tools.common import OF_CHECKPOINT, make_parser, open_validation, predict_each
 
-TINY = [*QUICK, "--model", "tiny", "--num-epochs", "1"]
+TINY = [*QUICK, "--num-epochs", "1"]
 
 
 @pytest.fixture(scope="module")

@@ -92,7 +92,7 @@ def trained(tmp_path_factory):
     data = make_competition(folder / "competition", 200)
     pd.DataFrame({"label": list(LATEX), "latex": list(LATEX.values())}).to_csv(data / "classes.csv", index=False)
     command = Command(data, folder / "out", folder / "cache")
-    assert script.main(command.arguments("--num-epochs", "8", "--batch-size", "16", "--image-size", "24",
+    assert script.main(command.arguments("--num-epochs", "4", "--batch-size", "16", "--image-size", "24",
                                          "--no-pictures")) == 0
     return command
 

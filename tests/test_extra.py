@@ -17,7 +17,6 @@ from pipeline.resume import compare_fingerprints
 from script import Config, Trainer
 
 CPU = start_runtime("cpu", "float32")
-TINY = [*QUICK, "--model", "tiny"]
 EXTRA = {"extra_csv": "extra.csv", "extra_root": "More"}
 FLAGS = ["--extra-csv", "extra.csv", "--extra-root", "More"]
 
@@ -203,7 +202,7 @@ def test_a_label_that_the_training_table_lacks_is_refused_or_allowed(prepared, c
 @pytest.mark.slow
 def test_networks_of_extra_classes_are_evaluated(command, main_in_process):
     write_extra(command.data, [*CLASSES, "88", "88"])
-    status, _, error = main_in_process(*TINY, *FLAGS, "--extra-classes")
+    status, _, error = main_in_process(*QUICK, *FLAGS, "--extra-classes")
     assert status == 0, error
     trained = script.load_checkpoint(command.output / "best_model.pth")
     assert trained.classes == ["3", "17", "40", "88", "101", "1400"]
@@ -235,7 +234,7 @@ def test_bad_extra_data_is_named_before_training(main_in_process, command, name)
     write_extra(command.data, CLASSES)
     fault, message = FAULTS[name]
     fault(command.data)
-    status, out, error = main_in_process(*TINY, *FLAGS)
+    status, out, error = main_in_process(*QUICK, *FLAGS)
     assert status == 1 and error.startswith("error: ") and message in error and "epoch" not in out, error
     assert not (command.output / "best_model.pth").exists()
 
@@ -298,21 +297,21 @@ def test_an_unfinished_run_resumes_only_with_its_own_extra_rows(command, main_in
 
     with monkeypatch.context() as patches:
         patches.setattr(script, "finish_epoch", stop)
-        assert main_in_process(*TINY, *extra)[0] == 130
-    status, _, error = main_in_process(*TINY)
+        assert main_in_process(*QUICK, *extra)[0] == 130
+    status, _, error = main_in_process(*QUICK)
     assert status == 1 and "holds an unfinished run with " in error
     table = pd.read_csv(command.data / "extra.csv", dtype=str)
     table.assign(label=table.label[::-1].to_numpy()).to_csv(command.data / "extra.csv", index=False)
-    status, _, error = main_in_process(*TINY, *extra)
+    status, _, error = main_in_process(*QUICK, *extra)
     assert status == 1 and "holds an unfinished run with other training rows or images" in error
     table.to_csv(command.data / "extra.csv", index=False)
-    status, out, error = main_in_process(*TINY, *extra)
+    status, out, error = main_in_process(*QUICK, *extra)
     assert status == 0 and "resumes from last.pth: epoch " in out, error
 
 
 def test_extra_rows_are_neighbors_too(command, main_in_process):
     write_extra(command.data, ["3"] * 7)
-    status, out, error = main_in_process(*TINY, *FLAGS)
+    status, out, error = main_in_process(*QUICK, *FLAGS)
     assert status == 0 and "7 extra rows" in out, error
     index = files.load_verified(command.output / "best_model.pth")["knn"]
     held = np.load(command.output / "val_probabilities.npz")["targets"]
@@ -329,7 +328,7 @@ def test_extra_rows_have_an_effect_on_a_run(tmp_path, main_in_process, command):
     pd.read_csv(true / "train.csv", dtype=str).to_csv(command.data / "extra.csv", index=False)
     accuracies = []
     for flags in ([], ["--extra-csv", "extra.csv", "--extra-root", str(true / "Dataset_Image"), "--extra-weight", "5"]):
-        status, _, error = main_in_process(*TINY, "--num-epochs", "15", "--knn-neighbors", "0", *flags)
+        status, _, error = main_in_process(*QUICK, "--num-epochs", "15", "--knn-neighbors", "0", *flags)
         assert status == 0, error
         kinds = np.array(CLASSES)[pd.read_csv(command.data / "test.csv").index % 5]
         accuracies.append((command.submission().label == kinds).mean())

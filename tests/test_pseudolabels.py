@@ -93,7 +93,7 @@ def test_pixel_rows_keep_their_pixels(tmp_path, capsys):
 @pytest.mark.slow
 def test_from_probabilities_to_a_training_with_them(tmp_path, capsys):
     command = Command(make_competition(tmp_path / "competition"), tmp_path / "out", tmp_path / "cache")
-    words = [*QUICK, "--model", "tiny", "--save-probabilities"]
+    words = [*QUICK, "--save-probabilities"]
     assert script.main(command.arguments(*words)) == 0
     output = tmp_path / "extra.csv"
     assert label(capsys, command.output / "test_probabilities.npz", "--data-dir", command.data, "--least", "0.01",

@@ -41,8 +41,8 @@ def test_erasing_and_noise_change_their_share():
 @pytest.mark.slow
 def test_the_whole_tool(tmp_path, capsys):
     command = Command(make_competition(tmp_path / "competition", 200), tmp_path / "out", tmp_path / "cache")
-    assert script.main(command.arguments(*QUICK[2:], "--num-epochs", "6", "--train-val-split", "0.6", "--knn-neighbors",
-                                         "0")) == 0
+    assert script.main(command.arguments(*QUICK, "--model", "cnn", "--num-epochs", "6", "--train-val-split", "0.6",
+                                         "--knn-neighbors", "0")) == 0
     capsys.readouterr()
     assert stress.main([str(command.output / "best_model.pth"), "--data-dir", str(command.data), "--cache-dir",
                         str(command.cache), "--output-dir", str(tmp_path / "s"), "--rows", "60"]) == 0
@@ -53,7 +53,7 @@ def test_the_whole_tool(tmp_path, capsys):
     assert accuracy["rotated", 5.0] >= accuracy["rotated", 30.0] - 0.05
     assert set(table.change) == {"none", "FGSM", *stress.CHANGES}
     small = Command(command.data, tmp_path / "small", command.cache)
-    assert script.main(small.arguments(*QUICK[:4], "--model", "tiny", "--train-val-split", "0.6")) == 0
+    assert script.main(small.arguments(*QUICK, "--image-size", "24", "--train-val-split", "0.6")) == 0
     assert stress.main([*(str(run.output / "best_model.pth") for run in (command, small)), "--data-dir",
                         str(command.data), "--cache-dir", str(command.cache), "--output-dir", str(tmp_path / "two"),
                         "--rows", "20"]) == 0  # networks of other image sizes
