@@ -70,7 +70,8 @@ def make_pixel_competition(folder: Path, train_rows: int = 60, test_rows: int = 
     return folder
 
 
-# With a precision, so that two commands beside other tests compute alike: "auto" is a timing.
+# With a precision, so that two commands beside other tests compute alike: "auto" is a timing. With the small network,
+# since most tests are about files and messages; a later --model wins.
 QUICK = ["--num-epochs", "2", "--batch-size", "16", "--image-size", "16", "--no-pictures", "--precision", "float32",
          "--model", "tiny"]
 

@@ -11,7 +11,7 @@ import script
 from pipeline.errors import DataError
 from tools.common import OF_CHECKPOINT, make_parser, open_validation, predict_each
 
-TINY = [*QUICK, "--num-epochs", "1"]
+SHORT = [*QUICK, "--num-epochs", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def trained(tmp_path_factory) -> Command:
     table.loc[7, "image_path"] = table.image_path[2]
     (command.data / "Dataset_Image" / table.image_path[20]).write_bytes(b"")
     table.to_csv(command.data / "train.csv", index=False)
-    assert script.main(command.arguments(*TINY, "--on-bad-image", "skip")) == 0
+    assert script.main(command.arguments(*SHORT, "--on-bad-image", "skip")) == 0
     return command
 
 
@@ -37,7 +37,7 @@ def flags_of(command: Command, *words: str) -> argparse.Namespace:
 @pytest.mark.parametrize("flags", [[], ["--folds", "3", "--fold", "1"], ["--group-column", "writer"]])
 def test_validation_rows_are_those_of_the_run(trained, tmp_path, flags):
     output = ["--output-dir", str(tmp_path)]
-    assert script.main(trained.arguments(*TINY, "--on-bad-image", "skip", *output, *flags)) == 0
+    assert script.main(trained.arguments(*SHORT, "--on-bad-image", "skip", *output, *flags)) == 0
     folder = tmp_path / "fold1" if "--fold" in flags else tmp_path
     saved = np.load(folder / "val_probabilities.npz")
     networks, datasets = open_validation([folder / "best_model.pth"] * 2, flags_of(trained))
@@ -69,6 +69,6 @@ def test_rows_in_another_order_are_refused(trained, tmp_path):
 def test_checkpoints_without_common_rows_are_refused(trained, tmp_path, flags, message):
     pd.read_csv(trained.data / "train.csv", dtype=str).head(2).assign(label="more").to_csv(
         trained.data / "more.csv", index=False)
-    assert script.main(trained.arguments(*TINY, "--on-bad-image", "skip", "--output-dir", str(tmp_path), *flags)) == 0
+    assert script.main(trained.arguments(*SHORT, "--on-bad-image", "skip", "--output-dir", str(tmp_path), *flags)) == 0
     with pytest.raises(DataError, match=message):
         open_validation([trained.output / "best_model.pth", tmp_path / "best_model.pth"], flags_of(trained))
