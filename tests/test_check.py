@@ -216,7 +216,7 @@ def test_the_training_table_is_checked_alone(checked, competition):
     assert set(same.table) <= {"train"} and "no clue beside the pictures was found" in out
 
 
-@pytest.mark.parametrize("rows", [20, 60, 400])
+@pytest.mark.parametrize("rows", [20, 60, pytest.param(400, marks=pytest.mark.slow)])
 def test_images_of_one_kind_are_rarely_told_apart(rows):
     rng, alarms = np.random.default_rng(rows), 0
     for _ in range(10):

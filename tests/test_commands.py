@@ -119,6 +119,7 @@ def test_files_of_an_earlier_run_are_removed(command, main_in_process):
     assert set(os.listdir(command.output)) == {"best_model.pth", "submission.csv", "history.csv", "run.json"}
 
 
+@pytest.mark.slow
 def test_notebook_cell_runs_without_the_arguments_of_its_kernel(command):
     """The text of script.py is pasted into a cell, with edited settings; pipeline/ is on the path."""
     text = (REPOSITORY / "script.py").read_text()
@@ -217,6 +218,7 @@ def test_read_only_data_folder_is_accepted(command):
     assert {folder: sorted(os.listdir(folder)) for folder in folders} == before
 
 
+@pytest.mark.slow
 def test_working_folder_is_the_default(command):
     done = subprocess.run([sys.executable, str(REPOSITORY / "script.py"), *QUICK, "--cache-dir", str(command.cache)],
                           cwd=command.data, capture_output=True, text=True, timeout=120)

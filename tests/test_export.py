@@ -113,6 +113,7 @@ def test_metrics_of_the_vote_are_not_exported_with_the_network_alone():
     assert export.own_metrics(voting, vote=True) == export.own_metrics(alone, vote=False) == metrics
 
 
+@pytest.mark.slow
 def test_a_network_with_edge_softening_is_exported_before_its_first_prediction():
     """Nothing that the export traces may be kept for later predictions."""
     model = export.Exported(untrained(edge_softening=0.0625), False).eval()

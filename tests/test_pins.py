@@ -56,7 +56,7 @@ def run(data, output, flags: list[str]) -> None:
     assert script.main([*flags, *arguments]) == 0
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "resnet")) for name in RUNS])
 def test_a_run_is_what_it_was(competitions, tmp_path, name):
     flags, expected = RUNS[name]
     run(competitions["pixels" if "pixel" in name else "images"], tmp_path / "out", flags)
