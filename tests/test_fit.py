@@ -330,6 +330,14 @@ def test_the_time_limit_leaves_what_prediction_and_pictures_do_not_need():
     assert seconds_left(limited, data, used=20) < without - 18
 
 
+def test_the_pace_of_answers_is_the_usual_one_and_not_the_fastest(monkeypatch):
+    data, config = make_data(), dataclasses.replace(SMALL, max_minutes=1.0, knn_neighbors=0)
+    monkeypatch.setattr(script.timeit, "repeat", lambda *_, **__: [9.0, 1.0, 3.0, 4.0, 2.0])
+    expected = 3 / min(len(data.split.train_rows), 4 * data.dataset.runtime.eval_batch_size)
+    limit = script.measure_limit(config, data, time.monotonic(), CheckpointManager())
+    assert limit.seconds_per_answer == pytest.approx(expected)
+
+
 def test_a_time_limit_that_leaves_no_time_is_refused_for_a_new_training():
     data, limited = make_data(), dataclasses.replace(SMALL, max_minutes=1.0)
     with pytest.raises(UsageError, match=r"--max-minutes 1 leaves no time to train: 58 s are used, "
