@@ -922,7 +922,7 @@ def measure_limit(config: Config, data: CompetitionData, started: float, manager
             print(f"no nearest-neighbour vote, which takes at least {vote_cost * alone:.0f} s: training gains more")
             votes = False
     answers = val_rows + test_rows + (val_rows + vote_cost if votes else val_rows * bool(manager.found))
-    fixed = 8 + 4 * config.pictures  # seconds to import, write, exit and draw
+    fixed = 8 + 6 * config.pictures  # seconds to import, write, exit and draw
     return time_limit(config.max_minutes or math.inf, used, fixed, answers, alone, votes, bool(config.folds),
                       not manager.found)
 
